@@ -1,0 +1,87 @@
+"""Passing a session to another agent, whoever asks for it."""
+
+import uuid
+
+from django.db import transaction
+
+from agents_app.models import Agent
+from events_app.chunks import AgentSwitched
+from orchestrator_site.errors import BadRequest
+from sessions_app import lifecycle
+from sessions_app.callers import Caller
+from sessions_app.models import Handoff, Session
+
+MAX_SWITCHES = 50
+
+
+class UnknownAgent(BadRequest):
+    code = "unknown_agent"
+
+
+class AlreadyActive(BadRequest):
+    code = "agent_already_active"
+
+
+class TooManySwitches(BadRequest):
+    code = "too_many_switches"
+
+
+def ensure_known(name: str) -> None:
+    """Raise UnknownAgent unless an agent of that name is registered in the configured mode."""
+    # Names are short; what is longer, or no name at all, need not be looked for.
+    if len(name) > 32 or not Agent.objects.registered().filter(pk=name).exists():
+        raise UnknownAgent(f"Unknown agent type: {name[:50]}")
+
+
+def hand_over(
+    session: Session, to: str, *, reason: str, confidence: str | None, turn_id: uuid.UUID | None = None
+) -> AgentSwitched:
+    """Record a handoff in the transaction that holds the session's lock; the chunk that says so."""
+    handoff = session.hand_over(to, reason=reason, confidence=confidence, turn_id=turn_id)
+    details = {"from_agent": handoff.from_agent, "to_agent": to, "reason": reason, "confidence": confidence}
+    lifecycle.record(session, "agent.switched", turn_id=turn_id, **details)
+    return AgentSwitched(handoff.from_agent, to, reason, confidence)
+
+
+@transaction.atomic
+def switch(caller: Caller, session_id: str, to: str, *, reason: str, confidence: str | None) -> Session:
+    """POST switch: takes effect at once, counts from the next model step, closes nothing.
+
+    Raises UnknownSession, UnknownAgent, AlreadyActive, TooManySwitches.
+    """
+    session = lifecycle.locked_for(caller, session_id)
+    ensure_known(to)
+    if session.current_agent == to:
+        raise AlreadyActive(f"Agent {to} is already active")
+    if session.switch_count >= MAX_SWITCHES:
+        raise TooManySwitches(f"A session may be switched {MAX_SWITCHES} times")
+    chunk = hand_over(session, to, reason=reason, confidence=confidence)
+    lifecycle.emit(session, _final(chunk), origin=str(uuid.uuid4()))
+    return session
+
+
+@transaction.atomic
+def switch_by_message(caller: Caller, session_id: str, to: str, *, reason: str) -> tuple[int, str]:
+    """`switch_agent` in the stream: makes the session on first use, tolerates the agent that is active already.
+
+    Returns where its one frame is to be looked for: past which number, and under which origin.
+    """
+    ensure_known(to)
+    session = lifecycle.locked_or_created(caller, session_id)
+    after, origin = session.next_seq - 1, str(uuid.uuid4())
+    if session.current_agent == to:
+        chunk = AgentSwitched(to, to, reason)
+    else:
+        chunk = hand_over(session, to, reason=reason, confidence=None)
+    if live := session.live_turn():
+        after = live.settled_seq  # the frame's number will come from the runner's block
+    lifecycle.emit(session, _final(chunk), origin=origin)
+    return after, origin
+
+
+def _final(chunk: AgentSwitched) -> AgentSwitched:
+    return AgentSwitched(chunk.from_agent, chunk.to_agent, chunk.reason, chunk.confidence, is_final=True)
+
+
+def history_of(session: Session) -> list[Handoff]:
+    return list(session.handoffs.order_by("id"))

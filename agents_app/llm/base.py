@@ -1,0 +1,59 @@
+"""The small protocol between the turn engine and whatever model answers."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """One model step: the whole transcript in chat-completions form, system prompt first."""
+
+    model: str
+    messages: list[dict[str, Any]]
+    purpose: Literal["answer", "routing"] = "answer"
+    temperature: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the provider counted them; zeros where it did not say."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """The end of a model step: the whole text, the calls it asks for, and what it cost."""
+
+    text: str
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+    usage: Usage = field(default_factory=Usage)
+
+
+class ModelError(Exception):
+    """A model step that failed. `code` is a stable word for clients, `message` a short text that is safe to show.
+
+    What the provider really said goes to the log, never into this exception.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class Model(Protocol):
+    """Streams one model step: any number of `TextDelta`, then exactly one `FinishedStep`, or raises `ModelError`."""
+
+    def stream(self, request: ModelRequest) -> AsyncIterator[TextDelta | FinishedStep]: ...
+
+    async def aclose(self) -> None: ...

@@ -1,0 +1,145 @@
+"""The memory bus of one process: who follows which session, what is not logged yet, and who has to be woken.
+
+Everything here happens on the server's event loop. Other threads use `poke`, `close` and `wake_runner`: they hand over.
+The bus may lose nothing inside one process; a follower that cannot keep up is sent back to the log.
+"""
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from events_app.frames import Frame
+
+QUEUE_FRAMES = 1_000
+
+
+class Writer(Protocol):
+    """The runner's end of a session's stream."""
+
+    def unlogged(self) -> list[Frame]:
+        """Frames that were published but are not in the log yet."""
+
+    def nudge(self) -> None:
+        """Somebody stored something that this runner has to look at."""
+
+
+class Subscription:
+    """One follower's bounded queue. `reread` says that the log has news, or that the queue ran over."""
+
+    def __init__(self) -> None:
+        self.frames: deque[Frame] = deque()
+        self.reread = False
+        self.ended = False
+        self.idle = True
+        self._news: asyncio.Future[None] | None = None
+
+    def push(self, frames: Sequence[Frame]) -> None:
+        if self.reread:
+            return  # what comes now will be found in the log, or among the unlogged
+        if len(self.frames) + len(frames) > QUEUE_FRAMES:
+            self.frames.clear()
+            self.reread = True
+        else:
+            self.frames.extend(frames)
+        self.signal()
+
+    def signal(self) -> None:
+        self.idle = False
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def news(self) -> None:
+        """Wait until there is something to do; a heartbeat counts, and leaves `idle` set."""
+        if self.frames or self.reread or self.ended:
+            return
+        self._news = asyncio.get_running_loop().create_future()
+        await self._news
+
+
+class Feed:
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._followers: defaultdict[str, set[Subscription]] = defaultdict(set)
+        self._writers: dict[str, Writer] = {}
+        self._on_wake: Callable[[], None] = lambda: None
+
+    def attach(self, loop: asyncio.AbstractEventLoop, *, on_wake: Callable[[], None]) -> None:
+        """Bind the bus to the loop it lives on; `on_wake` is called there when a turn may be ready to run."""
+        self._loop, self._on_wake = loop, on_wake
+
+    def detach(self) -> None:
+        self._loop, self._on_wake = None, lambda: None
+
+    # --- from any thread, after a commit ---
+
+    def poke(self, session_id: str) -> None:
+        """The log or the facts of a session have changed: followers read again, its runner looks."""
+        self._on_loop(self._poke, session_id)
+
+    def close(self, session_id: str) -> None:
+        """The session is gone: its followers' streams end."""
+        self._on_loop(self._close, session_id)
+
+    def wake_runner(self) -> None:
+        self._on_loop(self._on_wake)
+
+    def _on_loop(self, function: Callable[..., None], *args: str) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(function, *args)
+
+    # --- on the loop ---
+
+    @contextmanager
+    def subscribe(self, session_id: str) -> Iterator[Subscription]:
+        subscription = Subscription()
+        self._followers[session_id].add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._followers[session_id].discard(subscription)
+            if not self._followers[session_id]:
+                del self._followers[session_id]
+
+    @contextmanager
+    def writing(self, session_id: str, writer: Writer) -> Iterator[None]:
+        self._writers[session_id] = writer
+        try:
+            yield
+        finally:
+            # A turn taken over within this process may have registered its own writer already.
+            if self._writers.get(session_id) is writer:
+                del self._writers[session_id]
+
+    def publish(self, session_id: str, frames: Sequence[Frame]) -> None:
+        for subscription in self._followers.get(session_id, ()):
+            subscription.push(frames)
+
+    def unlogged(self, session_id: str) -> list[Frame]:
+        writer = self._writers.get(session_id)
+        return writer.unlogged() if writer else []
+
+    def heartbeat(self) -> None:
+        """Wake every follower that has heard nothing since the last heartbeat, so that it sends a comment."""
+        for followers in self._followers.values():
+            for subscription in followers:
+                if subscription.idle:
+                    subscription.signal()
+                subscription.idle = True
+
+    def _poke(self, session_id: str) -> None:
+        for subscription in self._followers.get(session_id, ()):
+            subscription.reread = True
+            subscription.signal()
+        if session_id in self._writers:
+            self._writers[session_id].nudge()
+
+    def _close(self, session_id: str) -> None:
+        for subscription in self._followers.get(session_id, ()):
+            subscription.ended = True
+            subscription.signal()
+
+
+feed = Feed()

@@ -1,0 +1,98 @@
+"""The only writers of events, model calls and stream batches, and the reader of the stream log."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from django.db.models import Max, Min
+from django.utils import timezone
+
+from events_app.frames import Frame
+from events_app.models import Event, StreamBatch
+
+PAGE = 100
+
+
+def record(event_type: str, *, account_id: int, session_id: str, turn_id: str = "", source: str, **data: Any) -> None:
+    """Insert one fact in the caller's transaction."""
+    Event.objects.create(
+        account_id=account_id,
+        session_id=session_id,
+        event_type=event_type,
+        correlation_id=turn_id,
+        source=source,
+        data=data,
+        timestamp=timezone.now(),
+    )
+
+
+def append(session_id: str, frames: Sequence[Frame]) -> None:
+    """Log numbered frames, in order, in the caller's transaction: one row for each run of the same origin."""
+    now = timezone.now()
+    StreamBatch.objects.bulk_create(
+        batch_of(session_id, list(run), now) for _, run in groupby(frames, key=lambda frame: frame.origin)
+    )
+
+
+def batch_of(session_id: str, run: Sequence[Frame], now: Any) -> StreamBatch:
+    return StreamBatch(
+        session_id=session_id,
+        origin=run[0].origin,
+        first_seq=run[0].seq,
+        last_seq=run[-1].seq,
+        frames=[[frame.seq, frame.body] for frame in run],
+        closes=run[-1].closes,
+        created_at=now,
+    )
+
+
+def leave_unnumbered(session_id: str, origin: str, body: str) -> None:
+    """Store a frame that closes its answer for the session's live runner to number."""
+    StreamBatch.objects.create(
+        session_id=session_id, origin=origin, frames=[[None, body]], closes=True, created_at=timezone.now()
+    )
+
+
+def number_waiting(session_id: str, next_number: Any) -> list[Frame]:
+    """Give numbers to the frames that others left; the caller holds the session's lock and its numbers."""
+    frames = []
+    for batch in StreamBatch.objects.unnumbered().filter(session_id=session_id):
+        body = batch.frames[0][1]
+        frame = Frame.of(next_number(), batch.origin, body, closes=batch.closes)
+        batch.first_seq = batch.last_seq = frame.seq
+        batch.frames = [[frame.seq, body]]
+        batch.save(update_fields=["first_seq", "last_seq", "frames"])
+        frames.append(frame)
+    return frames
+
+
+def page(session_id: str, after: int) -> tuple[list[Frame], bool]:
+    """The next logged frames past number `after`, and whether there may be more."""
+    rows = list(
+        StreamBatch.objects.numbered()
+        .filter(session_id=session_id, last_seq__gt=after)
+        .order_by("last_seq")[:PAGE]
+        .values_list("origin", "frames", "closes", "last_seq")
+    )
+    return [frame for row in rows for frame in _frames(*row) if frame.seq > after], len(rows) == PAGE
+
+
+def _frames(origin: str, stored: list[tuple[int, str]], closes: bool, last_seq: int) -> Iterator[Frame]:
+    for seq, body in stored:
+        yield Frame.of(seq, origin, body, closes=closes and seq == last_seq)
+
+
+def oldest_kept(session_id: str) -> int | None:
+    """The number of the oldest frame that is still in the log."""
+    return StreamBatch.objects.numbered().filter(session_id=session_id).aggregate(oldest=Min("first_seq"))["oldest"]
+
+
+def last_before(session_id: str, moment: Any) -> int | None:
+    """The last number that was logged before `moment`."""
+    batches = StreamBatch.objects.numbered().filter(session_id=session_id, created_at__lt=moment)
+    return batches.aggregate(last=Max("last_seq"))["last"]
+
+
+def forget_through(session_id: str, seq: int) -> None:
+    """Prune the stream log up to and including number `seq`."""
+    StreamBatch.objects.filter(session_id=session_id, last_seq__lte=seq).delete()

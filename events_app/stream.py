@@ -1,0 +1,137 @@
+"""Following a session's stream: replay from the log, then live; and the response that every stream uses."""
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+from asgiref.sync import SyncToAsync
+from django.conf import settings
+from django.http import StreamingHttpResponse
+
+from events_app import log
+from events_app.database import hop
+from events_app.feed import feed
+from events_app.frames import PING, Frame
+from orchestrator_site.errors import Unavailable
+
+HEADERS = {"Cache-Control": "no-cache", "Connection": "keep-alive", "X-Accel-Buffering": "no"}
+
+
+class TooManyStreams(Unavailable):
+    code = "too_many_streams"
+
+
+async def follow(session_id: str, *, after: int, until: str | None = None) -> AsyncGenerator[list[Frame], None]:
+    """Every frame past number `after`, in order, none twice; those that are ready at once come together.
+
+    With `until`, the frames of that origin alone, up to the one that closes its answer. An empty list is a heartbeat.
+    """
+    with feed.subscribe(session_id) as live:
+        while not live.ended:
+            # The unlogged ones first: what leaves that list while the log is read is in the log by then.
+            live.reread = False
+            live.frames.clear()
+            unlogged = feed.unlogged(session_id)
+            more = True
+            while more:
+                logged, more = await hop(log.page, session_id, after)
+                ready, after, closed = _fresh(logged, after, until)
+                if ready:
+                    yield ready
+                if closed:
+                    return
+            ready, after, closed = _fresh(unlogged, after, until)
+            if ready:
+                yield ready
+            if closed:
+                return
+            while not live.reread and not live.ended:
+                frames = list(live.frames)
+                live.frames.clear()
+                ready, after, closed = _fresh(frames, after, until)
+                if ready:
+                    yield ready
+                if closed:
+                    return
+                if not live.frames:
+                    await live.news()
+                    if not live.frames and not live.reread and not live.ended:
+                        yield []
+
+
+def _fresh(frames: list[Frame], after: int, until: str | None) -> tuple[list[Frame], int, bool]:
+    """What a follower at `after` has not seen of `frames`, its new position, and whether its answer is complete."""
+    fresh = []
+    for frame in frames:
+        if frame.seq > after:
+            after = frame.seq
+            if until is None or frame.origin == until:
+                fresh.append(frame)
+                if until is not None and frame.closes:
+                    return fresh, after, True
+    return fresh, after, False
+
+
+async def to_wire(batches: AsyncGenerator[list[Frame], None], *, tokens: bool = True) -> AsyncGenerator[bytes, None]:
+    """Frames as bytes of an event stream; without `tokens`, the deltas are left out."""
+    async with aclosing(batches):
+        async for frames in batches:
+            if not frames:
+                yield PING
+            elif wire := b"".join([frame.wire for frame in frames if tokens or not frame.is_delta]):
+                yield wire
+
+
+async def until_old(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """End a stream at its maximum age; its reader resumes it. Heartbeats bound how late that is noticed."""
+    ends = time.monotonic() + settings.STREAM_MAX_AGE_SECONDS
+    async with aclosing(parts):
+        async for part in parts:
+            yield part
+            if time.monotonic() >= ends:
+                return
+
+
+_open_streams = 0
+
+
+def ensure_room() -> None:
+    """Raise TooManyStreams when this process holds as many streams as it may; asked before anything is stored."""
+    if _open_streams >= settings.STREAMS_AT_ONCE:
+        raise TooManyStreams("This server holds as many streams as it can.", Retry_After="5")
+
+
+def sse_response(parts: AsyncGenerator[bytes, None]) -> StreamingHttpResponse:
+    """The response every stream uses."""
+    response = StreamingHttpResponse(_counted(parts), content_type="text/event-stream; charset=utf-8")
+    for name, value in HEADERS.items():
+        response[name] = value
+    return response
+
+
+async def _counted(parts: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    global _open_streams
+    _open_streams += 1
+    _release_thread()
+    try:
+        async with aclosing(parts):
+            async for part in parts:
+                yield part
+    finally:
+        _open_streams -= 1
+
+
+def open_streams() -> int:
+    return _open_streams
+
+
+def _release_thread() -> None:
+    """Give back the thread that Django holds for an ASGI request as long as the request is open.
+
+    Its signal handlers run in a one-thread executor per request (asgiref's thread-sensitive context), made for the
+    first of them and kept to the end of the response: 200 streams held 200 threads. A new one is made if needed.
+    """
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context is not None else None
+    if executor is not None:
+        executor.shutdown(wait=False)

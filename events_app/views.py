@@ -1,0 +1,56 @@
+"""Metrics, statistics and the audit log over REST, each of the caller's own account."""
+
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from events_app import figures
+from orchestrator_site.errors import body_of
+from orchestrator_site.http import text, whole_number
+
+
+class MetricsView(APIView):
+    """GET /events/metrics"""
+
+    def get(self, request: Request) -> Response:
+        return Response(figures.metrics(request.user.account_id))
+
+
+class AuditLogView(APIView):
+    """GET /events/audit-log"""
+
+    def get(self, request: Request) -> Response:
+        return Response(
+            figures.audit_log(
+                request.user.account_id,
+                session_id=text(request.GET, "session_id"),
+                event_type=text(request.GET, "event_type"),
+                limit=whole_number(request.GET, "limit", 100, at_least=1, at_most=1000),
+            )
+        )
+
+
+class StatisticsView(APIView):
+    """GET /events/stats"""
+
+    def get(self, request: Request) -> Response:
+        return Response(figures.statistics(request.user.account_id))
+
+
+class SessionMetricsView(APIView):
+    """GET /events/metrics/session/{session_id}"""
+
+    def get(self, request: Request, session_id: str) -> Response:
+        try:
+            return Response(figures.session_metrics(request.user.account_id, session_id))
+        except figures.NoMetrics as error:
+            # Old clients read `error` here, everybody else `detail` (protocol 1.4).
+            body = {**body_of(error, request.request_id), "error": error.detail}
+            return Response(body, status=error.status)
+
+
+class SessionsWithMetricsView(APIView):
+    """GET /events/metrics/sessions"""
+
+    def get(self, request: Request) -> Response:
+        return Response(figures.sessions_with_metrics(request.user.account_id))

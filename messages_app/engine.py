@@ -1,0 +1,150 @@
+"""The turn loop: transcript, model step, store, say; until the answer is final. It knows nothing of HTTP."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+
+from django.conf import settings
+
+from agents_app import routing
+from agents_app.llm import FinishedStep, Model, ModelError, ModelRequest
+from agents_app.routing import Route
+from messages_app import steps
+from messages_app.steps import Scene, Spent
+from messages_app.turn_stream import Step, TimeIsUp, TurnStream
+from sessions_app.models import ORCHESTRATOR, CancelRequested
+
+logger = logging.getLogger(__name__)
+
+
+class UnexpectedToolCall(ModelError):
+    def __init__(self) -> None:
+        super().__init__("unexpected_tool_call", "The model asked for a tool, but none was offered to it.")
+
+
+class TooManyHandoffs(ModelError):
+    def __init__(self) -> None:
+        super().__init__("too_many_handoffs", "The agents passed the message on too many times.")
+
+
+async def run_turn(stream: TurnStream, model: Model) -> str:
+    """Advance the claimed turn to its end and return how it ended.
+
+    Raises LostClaim when another runner has it, Stopping when the server stops; database errors pass through. In all
+    three cases the turn is left as it is, for whoever claims it next.
+    """
+    return await _Run(stream, model).to_the_end()
+
+
+class _Run:
+    """One claim's run: what it has said of the unfinished step, what that step cost so far."""
+
+    def __init__(self, stream: TurnStream, model: Model) -> None:
+        self.stream = stream
+        self.model = model
+        self.deadline = asyncio.get_running_loop().time() + settings.TURN_MAX_SECONDS
+        self.agent = ORCHESTRATOR
+        self.said: list[str] = []
+        self.spent: Spent | None = None
+
+    async def to_the_end(self) -> str:
+        try:
+            return await self._loop()
+        except CancelRequested:
+            await self._end(lambda step: steps.cancel(step, "".join(self.said), self.agent, self.spent))
+            return "cancelled"
+        except ModelError as error:
+            return await self._fail(error.code, error.message)
+        except TimeIsUp:
+            return await self._fail("turn_timeout", "The turn took longer than a turn may.")
+
+    async def _loop(self) -> str:
+        for _ in range(settings.TURN_MAX_HANDOFFS + 1):
+            scene = await self.stream.commit(steps.look)
+            self.agent = scene.agent
+            if scene.agent != ORCHESTRATOR:
+                return await self._answer(scene)
+            chosen, spent = await self._choose(scene)
+            await self.stream.commit(lambda step, to=chosen, cost=spent, at=scene: steps.route(step, to, at, cost))
+        raise TooManyHandoffs
+
+    async def _answer(self, scene: Scene) -> str:
+        finished = await self._ask(scene, "answer", scene.messages, scene.temperature, self._show)
+        if finished.tool_calls:
+            raise UnexpectedToolCall
+        await self._end(lambda step: steps.complete(step, finished.text, self.spent))
+        return "completed"
+
+    async def _choose(self, scene: Scene) -> tuple[Route, Spent | None]:
+        """Who takes the message. A router that fails in any way is replaced by keywords."""
+        if not settings.MULTI_AGENT_MODE:
+            return routing.SINGLE_AGENT, None
+        chosen = None
+        try:
+            finished = await self._ask(scene, "routing", routing.question(scene.user_text), 0.3, None)
+            chosen = routing.read_answer(finished.text)
+        except ModelError as error:
+            logger.warning("routing_failed", extra={"turn_id": self.stream.origin, "code": error.code})
+        spent, self.spent = self.spent, None
+        return chosen or routing.fallback(scene.user_text), spent
+
+    async def _ask(
+        self,
+        scene: Scene,
+        purpose: str,
+        messages: list[dict[str, str]],
+        temperature: float | None,
+        show: Callable[[str], Awaitable[None]] | None,
+    ) -> FinishedStep:
+        """One model step, its pieces handed to `show`, its cost kept in `self.spent` however it ends."""
+        self.spent = spent = Spent(scene.agent, scene.model, purpose)
+        started = time.monotonic()
+        try:
+            request = ModelRequest(scene.model, messages, purpose, temperature)
+            async with self.stream.interruptible(self.deadline), aclosing(self.model.stream(request)) as outputs:
+                async for output in outputs:
+                    if isinstance(output, FinishedStep):
+                        spent.prompt_tokens = output.usage.prompt_tokens
+                        spent.completion_tokens = output.usage.completion_tokens
+                        spent.total_tokens = output.usage.total_tokens
+                        spent.has_tool_calls = bool(output.tool_calls)
+                        if output.tool_calls and purpose == "answer":
+                            spent.error = "unexpected_tool_call"
+                        return output
+                    if show is not None:
+                        await show(output.text)
+        except ModelError as error:
+            spent.error = error.code
+            raise
+        except TimeIsUp:
+            spent.error = "turn_timeout"
+            raise
+        except CancelRequested:
+            spent.error = "cancelled"
+            raise
+        finally:
+            spent.duration_ms = round((time.monotonic() - started) * 1000)
+        raise ModelError("model_interrupted", "The model stopped in the middle of its answer.")
+
+    async def _show(self, text: str) -> None:
+        self.said.append(text)
+        await self.stream.delta(text)
+
+    async def _fail(self, code: str, message: str) -> str:
+        try:
+            await self._end(lambda step: steps.fail(step, code, message, self.agent, self.spent))
+        except CancelRequested:
+            await self._end(lambda step: steps.cancel(step, "".join(self.said), self.agent, self.spent))
+            return "cancelled"
+        return code
+
+    async def _end(self, write: Callable[[Step], None]) -> None:
+        await self.stream.commit(write, closes=True)
+
+
+async def give_up(stream: TurnStream) -> None:
+    """End a turn that met a fault of ours, with a fixed text; the log has the rest."""
+    code, message = "internal_error", "Something went wrong on the server."
+    await stream.commit(lambda step: steps.fail(step, code, message, ORCHESTRATOR, None), closes=True)

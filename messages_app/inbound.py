@@ -1,0 +1,157 @@
+"""What a client may send to the stream endpoint: bytes to one of four typed messages, or a refusal (protocol 3.1)."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from django.conf import settings
+
+from orchestrator_site.errors import BadRequest, Invalid, TooLarge
+from orchestrator_site.http import read_json
+from sessions_app.lifecycle import valid_session_id
+
+MAX_REASON_CHARS = 2_000
+MAX_FEEDBACK_CHARS = 10_000
+MAX_CALL_ID_CHARS = 128
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class UserMessage:
+    session_id: str
+    content: str
+    agent_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchAgent:
+    session_id: str
+    agent_type: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    session_id: str
+    call_id: str
+    result: Any = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HitlDecision:
+    session_id: str
+    call_id: str
+    decision: str
+    modified_arguments: dict[str, Any] | None = None
+    feedback: str | None = None
+
+
+Inbound = UserMessage | SwitchAgent | ToolResult | HitlDecision
+
+
+def parse(body: bytes, content_type: str) -> tuple[Inbound, bool]:
+    """The message of a request, and whether its sender wants token deltas.
+
+    Unknown keys are ignored and null counts as absent, because the IDE sends every key it knows with each message.
+    Raises BadRequest, TooLarge or Invalid where protocol 3.1 and guarantees 2.5 say so.
+    """
+    envelope = read_json(body, content_type)
+    if not isinstance(envelope, dict):
+        raise Invalid("Has to be an object.", "body", kind="dict_type")
+    session_id = valid_session_id(_typed(envelope, "session_id", str, required=True))
+    tokens = _typed(envelope, "stream_tokens", bool)
+    if _typed(envelope, "busy", str) not in (None, "enqueue"):
+        raise Invalid("This server knows only 'enqueue'.", "body", "busy", kind="enum")
+    message = _typed(envelope, "message", dict, required=True)
+    kind = message.get("type")
+    reader = _READERS.get(kind) if isinstance(kind, str) else None
+    if reader is None:
+        raise BadRequest(f"Unsupported message type: {str(kind)[:50]}")
+    return reader(session_id, message), tokens is not False
+
+
+def _user_message(session_id: str, message: dict[str, Any]) -> UserMessage:
+    content = _typed(message, "content", str, "message", required=True)
+    if len(content) > settings.MAX_MESSAGE_CHARS:
+        raise TooLarge(f"A message may have {settings.MAX_MESSAGE_CHARS} characters.")
+    if not content.strip():
+        raise Invalid("Has to say something.", "body", "message", "content", kind="blank")
+    return UserMessage(session_id, content, _agent_type(message))
+
+
+def _switch_agent(session_id: str, message: dict[str, Any]) -> SwitchAgent:
+    target = _agent_type(message)
+    if not target:
+        raise BadRequest("switch_agent needs an agent_type.")
+    # Absent and null have texts of their own in the contract (section 4, row 6).
+    reason = "User requested agent switch"
+    if "reason" in message:
+        reason = _short(message, "reason", MAX_REASON_CHARS) or f"User requested switch to {target}"
+    return SwitchAgent(session_id, target, reason)
+
+
+def _tool_result(session_id: str, message: dict[str, Any]) -> ToolResult:
+    call_id = _needed(message, "call_id")
+    error = _typed(message, "error", str, "message")
+    result = message.get("result")
+    if error is not None and result is not None:
+        raise Invalid("Has either a result or an error.", "body", "message", "error")
+    return ToolResult(session_id, call_id, result, error)
+
+
+def _hitl_decision(session_id: str, message: dict[str, Any]) -> HitlDecision:
+    call_id = _needed(message, "call_id")
+    decision = _needed(message, "decision")
+    arguments = _typed(message, "modified_arguments", dict, "message")
+    feedback = _typed(message, "feedback", str, "message")
+    if decision == "edit" and arguments is None:
+        raise Invalid("An edit needs its arguments.", "body", "message", "modified_arguments", kind="missing")
+    if decision in ("approve", "reject") and arguments is not None:
+        raise Invalid("Only an edit has arguments.", "body", "message", "modified_arguments")
+    if feedback is not None and len(feedback) > MAX_FEEDBACK_CHARS:
+        raise TooLarge(f"Feedback may have {MAX_FEEDBACK_CHARS} characters.")
+    return HitlDecision(session_id, call_id, decision, arguments, feedback)
+
+
+_READERS = {
+    "user_message": _user_message,
+    "switch_agent": _switch_agent,
+    "tool_result": _tool_result,
+    "hitl_decision": _hitl_decision,
+}
+
+
+def _typed(source: dict[str, Any], name: str, kind: type[T], *where: str, required: bool = False) -> T | Any:
+    value = source.get(name)
+    if value is None:
+        if required:
+            raise Invalid("Field required.", "body", *where, name, kind="missing")
+        return None
+    if not isinstance(value, kind):
+        raise Invalid(f"Has to be {_NAMES[kind]}.", "body", *where, name, kind=f"{kind.__name__}_type")
+    return value
+
+
+_NAMES: dict[type, str] = {str: "a text", bool: "true or false", dict: "an object"}
+
+
+def _short(message: dict[str, Any], name: str, limit: int) -> str | None:
+    value = _typed(message, name, str, "message")
+    if value is not None and len(value) > limit:
+        raise Invalid(f"May have {limit} characters.", "body", "message", name, kind="too_long")
+    return value
+
+
+def _needed(message: dict[str, Any], name: str) -> str:
+    """A text without which the message means nothing: 400 when it is missing, 422 when it is something else."""
+    value = _short(message, name, MAX_CALL_ID_CHARS)
+    if not value:
+        raise BadRequest(f"{message['type']} needs a {name}.")
+    return value
+
+
+def _agent_type(message: dict[str, Any]) -> str | None:
+    name = _typed(message, "agent_type", str, "message")
+    # What the IDE calls the coder inside (protocol 6.1).
+    return "coder" if name == "code" else name

@@ -1,0 +1,44 @@
+"""What is said."""
+
+from typing import Any, Self
+
+from django.db import models
+from django.db.models import QuerySet
+from django.db.models.functions import Now
+
+from sessions_app.models import Session, Turn
+
+
+class MessageQuerySet(QuerySet["Message"]):
+    def in_order(self) -> Self:
+        """By turn in the order of acceptance, within a turn by storage: a queued message stands after the answer."""
+        return self.order_by("turn_position", "id")
+
+
+class Message(models.Model):
+    """A stored thing that was said, by a user or an agent. Only ever appended."""
+
+    class Role(models.TextChoices):
+        USER = "user"
+        ASSISTANT = "assistant"
+        TOOL = "tool"
+
+    session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="messages")
+    turn = models.ForeignKey(Turn, on_delete=models.PROTECT, related_name="messages")
+    turn_position = models.PositiveIntegerField()
+    role = models.CharField(max_length=16, choices=Role.choices)
+    content = models.TextField()
+    agent = models.CharField(max_length=32, blank=True, help_text="Who said it, for an assistant's message.")
+    created_at = models.DateTimeField(db_default=Now())
+
+    objects = MessageQuerySet.as_manager()
+
+    class Meta:
+        indexes = [models.Index(fields=["session", "turn_position", "id"], name="message_in_order")]
+
+    def __str__(self) -> str:
+        return f"{self.role} in {self.session_id}"
+
+    def as_chat(self) -> dict[str, Any]:
+        """Form H of protocol 2.8, which is also what a model reads."""
+        return {"role": self.role, "content": self.content}

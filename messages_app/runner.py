@@ -1,0 +1,160 @@
+"""The embedded runner: turns as tasks on the web server's own event loop."""
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from django.conf import settings
+from django.db import DatabaseError
+
+from agents_app.llm import close_model, get_model
+from events_app.database import hop
+from events_app.feed import feed
+from events_app.frames import Frame
+from messages_app import claims
+from messages_app.engine import give_up, run_turn
+from messages_app.turn_stream import Stopping, TurnStream
+from sessions_app import retention
+from sessions_app.models import Claim, LostClaim
+
+logger = logging.getLogger(__name__)
+
+# How long a turn whose wake-up got lost, or whose runner died, waits to be noticed beyond its lease.
+POLL_SECONDS = 1.0
+PRUNE_SECONDS = 600.0
+
+
+class EmbeddedRunner:
+    """Claims turns and runs them; commits what they stream, renews what they hold, prunes what is old."""
+
+    def __init__(self) -> None:
+        self.owner = f"{socket.gethostname()[:20]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._wake = asyncio.Event()
+        self._streams: dict[uuid.UUID, TurnStream] = {}
+        self._turns: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        feed.attach(asyncio.get_running_loop(), on_wake=self._wake.set)
+        self._loops = [
+            asyncio.create_task(self._claim_for_ever()),
+            asyncio.create_task(_every(settings.STREAM_COMMIT_SECONDS, self._commit_deltas)),
+            asyncio.create_task(_every(settings.TURN_LEASE_RENEWAL_SECONDS, self._renew)),
+            # A follower hears from us at the latest at the second beat of a silence.
+            asyncio.create_task(_every(settings.STREAM_HEARTBEAT_SECONDS / 2, _heartbeat)),
+            asyncio.create_task(_every(PRUNE_SECONDS, _prune)),
+        ]
+
+    async def stop(self) -> None:
+        """Hand every running turn over, with what it has streamed, and end."""
+        self._loops[0].cancel()
+        for stream in self._streams.values():
+            stream.interrupt(Stopping())
+        if self._turns:
+            await asyncio.wait(self._turns, timeout=5)
+        for task in [*self._loops, *self._turns]:
+            task.cancel()
+        await asyncio.gather(*self._loops, *self._turns, return_exceptions=True)
+        feed.detach()
+        await close_model()
+
+    async def _claim_for_ever(self) -> None:
+        while True:
+            self._wake.clear()
+            claimed: list[tuple[Claim, list[Frame]]] = []
+            if room := max(settings.TURNS_AT_ONCE - len(self._turns), 0):
+                try:
+                    claimed = await hop(claims.claim_turns, self.owner, room)
+                except DatabaseError:
+                    logger.exception("claim_failed")
+            for claim, frames in claimed:
+                task = asyncio.create_task(self._run(claim, frames))
+                self._turns.add(task)
+                task.add_done_callback(self._turns.discard)
+            if not claimed:
+                await _wait(self._wake, POLL_SECONDS)
+
+    async def _run(self, claim: Claim, frames: list[Frame]) -> None:
+        stream = self._streams[claim.turn_id] = TurnStream(claim)
+        ids = {"turn_id": str(claim.turn_id), "session_id": claim.session_id, "attempt": claim.attempt}
+        with feed.writing(claim.session_id, stream):
+            feed.publish(claim.session_id, frames)
+            try:
+                outcome = await run_turn(stream, get_model())
+                logger.info("turn_ended", extra={**ids, "outcome": outcome})
+            except LostClaim:
+                logger.warning("turn_lost", extra=ids)
+            except Stopping:
+                await stream.commit(lambda step: None)
+                await hop(claims.give_back, claim)
+                logger.info("turn_handed_over", extra=ids)
+            except DatabaseError:
+                # Whether the last write counts is unknown. The lease runs out, and the next claim sees what is stored.
+                logger.exception("turn_abandoned", extra=ids)
+            except Exception:
+                logger.exception("turn_failed", extra=ids)
+                await _try(give_up(stream))
+        if self._streams.get(claim.turn_id) is stream:
+            del self._streams[claim.turn_id]
+        # Whatever happened: what the log has counts, and the session's next turn may be ready.
+        feed.poke(claim.session_id)
+        self._wake.set()
+
+    async def _commit_deltas(self) -> None:
+        streams = [stream for stream in self._streams.values() if stream.has_news]
+        if not streams:
+            return
+        for stream in streams:
+            await stream.lock.acquire()  # free, or `has_news` would be false: does not wait
+        try:
+            parts = [claims.Unlogged(s.claim, s.unlogged(), s.wants_numbers) for s in streams]
+            logged = await hop(claims.write_batches, self.owner, parts)
+            for stream, part in zip(streams, parts, strict=True):
+                if stream.claim.turn_id in logged:
+                    stream.logged(len(part.frames), logged[stream.claim.turn_id])
+                else:
+                    stream.interrupt(LostClaim(f"turn {stream.origin} was taken over"))
+        finally:
+            for stream in streams:
+                stream.lock.release()
+
+    async def _renew(self) -> None:
+        if self._streams:
+            for session_id in await hop(claims.renew_leases, self.owner):
+                feed.poke(session_id)
+
+
+async def _heartbeat() -> None:
+    feed.heartbeat()
+
+
+async def _prune() -> None:
+    await hop(retention.prune_streams)
+
+
+async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await act()
+        except Exception:
+            logger.exception("clock_work_failed", extra={"work": act.__name__})
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return
+
+
+async def _try(attempt: Awaitable[Any]) -> None:
+    try:
+        await attempt
+    except Exception:
+        logger.exception("turn_not_ended")

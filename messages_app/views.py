@@ -1,0 +1,49 @@
+"""The stream endpoint: parse, one call, one response."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from events_app.chunks import ErrorShown
+from events_app.frames import DONE, unnumbered_wire
+from events_app.stream import ensure_room, sse_response, to_wire
+from messages_app import inbound
+from messages_app.history import history
+from messages_app.orchestration import Frames, MessageOrchestrationService, Refused
+from orchestrator_site.http import allow
+
+
+@allow("POST")
+async def message_stream(request: HttpRequest) -> HttpResponseBase:
+    """POST /agent/message/stream: everything that can be refused is refused before the stream begins."""
+    ensure_room()
+    message, tokens = inbound.parse(request.body, request.headers.get("Content-Type", ""))
+    frames = MessageOrchestrationService(request.caller).receive(message)  # type: ignore[attr-defined]
+    try:
+        await anext(frames)
+    except Refused as refused:
+        return sse_response(_refusal(refused.chunk))
+    return sse_response(_answer(frames, tokens))
+
+
+async def _answer(frames: Frames, tokens: bool) -> AsyncGenerator[bytes, None]:
+    async with aclosing(to_wire(frames, tokens=tokens)) as parts:
+        async for part in parts:
+            yield part
+    yield DONE
+
+
+async def _refusal(chunk: ErrorShown) -> AsyncGenerator[bytes, None]:
+    yield unnumbered_wire(chunk) + DONE
+
+
+class HistoryView(APIView):
+    """GET /sessions/{session_id}/history"""
+
+    def get(self, request: Request, session_id: str) -> Response:
+        return Response(history(request.user, session_id))

@@ -1,0 +1,99 @@
+"""Around every request: its id, who is calling, and every error in the one JSON shape."""
+
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+
+from asgiref.sync import markcoroutinefunction
+from django.core.exceptions import BadRequest as DjangoBadRequest
+from django.core.exceptions import DisallowedHost, SuspiciousOperation
+from django.db import DatabaseError, InterfaceError
+from django.http import Http404, HttpRequest, JsonResponse
+from django.http.response import HttpResponseBase
+
+from orchestrator_site import logs
+from orchestrator_site.errors import APIError, BadRequest, NotFound, Unavailable, body_of
+from sessions_app.callers import caller_of
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = {"/health", "/api/v1/health", "/healthz", "/readyz", "/docs", "/schema", "/favicon.ico"}
+OPEN_PREFIXES = ("/admin/", "/static/")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class InvalidHost(BadRequest):
+    code = "invalid_host"
+
+
+class RequestMiddleware:
+    """Async alone, so that a stream costs no thread hop here."""
+
+    async_capable = True
+    sync_capable = False
+
+    def __init__(self, get_response: Callable[[HttpRequest], Awaitable[HttpResponseBase]]) -> None:
+        self.get_response = get_response
+        markcoroutinefunction(self)
+
+    async def __call__(self, request: HttpRequest) -> HttpResponseBase:
+        shown = request.headers.get("X-Request-ID", "")
+        request.request_id = shown if REQUEST_ID.fullmatch(shown) else uuid.uuid4().hex  # type: ignore[attr-defined]
+        logs.request_id.set(request.request_id)  # type: ignore[attr-defined] (each request has its own context)
+        response = await self._respond(request)
+        response["X-Request-ID"] = request.request_id  # type: ignore[attr-defined]
+        response.setdefault("X-Content-Type-Options", "nosniff")
+        return response
+
+    async def _respond(self, request: HttpRequest) -> HttpResponseBase:
+        path = request.path_info
+        if path.startswith(OPEN_PREFIXES):
+            return await self.get_response(request)
+        try:
+            _check_host(request)
+            if path not in OPEN_PATHS:
+                request.caller = caller_of(request)  # type: ignore[attr-defined]
+        except APIError as error:
+            return answer(request, error)
+        return await self.get_response(request)
+
+    def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponseBase | None:
+        """What a view raised. The admin keeps Django's own pages."""
+        if request.path_info.startswith(OPEN_PREFIXES):
+            return None
+        return answer(request, as_api_error(exception))
+
+
+def as_api_error(exception: Exception) -> APIError:
+    """The refusal for anything a view may raise; what nobody foresaw is logged, and its text stays there."""
+    match exception:
+        case APIError():
+            return exception
+        case Http404():
+            return NotFound("Not Found")
+        case DatabaseError() | InterfaceError():
+            logger.error("database_unavailable", exc_info=exception)
+            return Unavailable("The database does not answer at the moment.", Retry_After="5")
+        case DjangoBadRequest() | SuspiciousOperation():
+            return BadRequest("Bad Request")
+    logger.error("request_failed", exc_info=exception)
+    return internal_error()
+
+
+def internal_error() -> APIError:
+    error = APIError("Internal server error")
+    error.status, error.code = 500, "internal_error"
+    return error
+
+
+def answer(request: HttpRequest, error: APIError) -> JsonResponse:
+    body = body_of(error, request.request_id)  # type: ignore[attr-defined]
+    return JsonResponse(body, status=error.status, headers=error.headers)
+
+
+def _check_host(request: HttpRequest) -> None:
+    try:
+        request.get_host()
+    except DisallowedHost:
+        raise InvalidHost("This host is not served here.") from None

@@ -1,0 +1,141 @@
+"""`make run`: everything between an empty checkout and a running server, in one process.
+
+    python -m orchestrator_site.serve
+
+Makes what this installation needs once (secrets, database, superuser), says what is new, and serves.
+"""
+
+import os
+import secrets
+import socket
+import sys
+from pathlib import Path
+
+from django.core.exceptions import ImproperlyConfigured
+
+from orchestrator_site.env import Environment
+
+ENV_FILE = Path(__file__).resolve().parent.parent / ".env"
+
+
+def main() -> None:
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orchestrator_site.settings")
+    made = make_secrets(ENV_FILE)
+    import django
+
+    try:
+        django.setup()
+    except ImproperlyConfigured as error:
+        sys.exit(f"Countersign does not start: {error}")
+
+    from django.conf import settings
+
+    ensure_port_free(settings.HOST, settings.PORT)
+    password = prepare_database()
+    sys.stdout.write(banner(made, password))
+    sys.stdout.flush()
+
+    import uvicorn
+
+    uvicorn.run(
+        "orchestrator_site.asgi:application",
+        host=settings.HOST,
+        port=settings.PORT,
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        http="httptools",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # A forged X-Forwarded-For is not believed; the proxy of a real deployment is configured there.
+        proxy_headers=False,
+        # Open streams do not keep Ctrl-C waiting: they are cut, and resumed after the next start.
+        timeout_graceful_shutdown=3,
+    )
+
+
+def make_secrets(env_file: Path) -> dict[str, str]:
+    """Add the secrets that neither the environment nor the file has to the file, readable by its owner alone."""
+    stored = Environment(env_file)
+    made = {
+        name: secrets.token_urlsafe(length)
+        for name, length in (("SECRET_KEY", 48), ("INTERNAL_API_KEY", 32))
+        if not stored.has(name)
+    }
+    if made:
+        append(env_file, made)
+    return made
+
+
+def append(env_file: Path, values: dict[str, str]) -> None:
+    # Opened with its mode, not changed afterwards: there is no moment in which somebody else can read it.
+    descriptor = os.open(env_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "a") as file:
+        os.fchmod(descriptor, 0o600)
+        if file.tell() and not env_file.read_bytes().endswith(b"\n"):
+            file.write("\n")
+        file.writelines(f"{name}={value}\n" for name, value in values.items())
+
+
+def prepare_database() -> str | None:
+    """Migrate, and make a superuser when there is nobody; the password if one was made up for it."""
+    from django.conf import settings
+    from django.contrib.auth import get_user_model
+    from django.core.management import call_command
+
+    call_command("migrate", verbosity=0, interactive=False)
+    users = get_user_model()
+    if users.objects.filter(is_superuser=True).exists():
+        return None
+    password = settings.DJANGO_SUPERUSER_PASSWORD
+    made = None
+    if not password:
+        password = made = secrets.token_urlsafe(12)
+        append(ENV_FILE, {"DJANGO_SUPERUSER_PASSWORD": made})
+    users.objects.create_superuser(settings.DJANGO_SUPERUSER_USERNAME, password=password)
+    return made
+
+
+def ensure_port_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            sys.exit(f"Countersign does not start: port {port} on {host}: {error.strerror}. PORT=... picks another.")
+
+
+def banner(made: dict[str, str], password: str | None) -> str:
+    from django.conf import settings
+
+    address = f"http://{'localhost' if settings.HOST in ('127.0.0.1', '::1', '0.0.0.0') else settings.HOST}:{settings.PORT}"  # noqa: S104
+    key = made.get("INTERNAL_API_KEY")
+    shown_key = key or "$INTERNAL_API_KEY"
+    lines = ["", f"Countersign {settings.VERSION} at {address}", ""]
+    if key:
+        lines += [f"  API key     {key}", ""]
+    login = f"  as {settings.DJANGO_SUPERUSER_USERNAME} / {password}" if password else ""
+    lines += [f"  Admin       {address}/admin/{login}", ""]
+    if key or password:
+        lines += [f"  Shown this once; kept in {ENV_FILE.name}, which only you can read.", ""]
+    else:
+        lines += [f"  Key and password of this installation: {ENV_FILE.name}, or what you set yourself.", ""]
+    if not settings.LLM_BASE_URL:
+        lines += ["  No model is configured (LLM_BASE_URL): the offline demo model answers.", ""]
+    if not key:
+        lines += ["  Try it (first: export INTERNAL_API_KEY=<the key>):", ""]
+    else:
+        lines += ["  Try it:", ""]
+    body = '{"session_id":"first","message":{"type":"user_message","content":"Please explain what you can do"}}'
+    lines += [
+        f"    curl -N {address}/agent/message/stream \\",
+        f'      -H "X-Internal-Auth: {shown_key}" -H "Content-Type: application/json" \\',
+        f"      -d '{body}'",
+        "",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

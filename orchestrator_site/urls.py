@@ -1,0 +1,30 @@
+"""Every path of the contract without a prefix and the same under /api/v1."""
+
+from django.contrib import admin
+from django.urls import include, path
+
+import agents_app.urls
+import events_app.urls
+import messages_app.urls
+import sessions_app.urls
+from messages_app.history import messages_of
+from orchestrator_site.http import SESSION_PATH
+from orchestrator_site.views import HealthView
+from sessions_app.views import SessionView
+
+contract = [
+    path("health", HealthView.as_view()),
+    path("", include(sessions_app.urls)),
+    path(f"sessions/{SESSION_PATH}", SessionView.as_view(messages_of=staticmethod(messages_of))),
+    path("", include(agents_app.urls)),
+    path("", include(messages_app.urls)),
+    path("", include(events_app.urls)),
+]
+urlpatterns = [
+    path("admin/", admin.site.urls),
+    *contract,
+    path("api/v1/", include(contract)),
+]
+handler400 = "orchestrator_site.views.bad_request"
+handler404 = "orchestrator_site.views.not_found"
+handler500 = "orchestrator_site.views.server_error"

@@ -1,0 +1,42 @@
+"""Health, and the answers to what no view takes."""
+
+from typing import Any
+
+from django.conf import settings
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
+from django.views import defaults
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from orchestrator_site.errors import BadRequest, NotFound
+from orchestrator_site.middleware import OPEN_PREFIXES, answer, internal_error
+
+
+class HealthView(APIView):
+    """GET /health: open, without the database."""
+
+    authentication_classes = ()
+    permission_classes = ()
+
+    def get(self, request: Request) -> Response:
+        return Response({"status": "healthy", "service": "agent-runtime", "version": settings.VERSION})
+
+
+def bad_request(request: HttpRequest, exception: Exception) -> HttpResponseBase:
+    if request.path_info.startswith(OPEN_PREFIXES):
+        return defaults.bad_request(request, exception)
+    return answer(request, BadRequest("Bad Request"))
+
+
+def not_found(request: HttpRequest, exception: Exception) -> HttpResponseBase:
+    if request.path_info.startswith(OPEN_PREFIXES):
+        return defaults.page_not_found(request, exception)
+    return answer(request, NotFound("Not Found"))
+
+
+def server_error(request: HttpRequest, **_: Any) -> HttpResponseBase:
+    if request.path_info.startswith(OPEN_PREFIXES):
+        return defaults.server_error(request)
+    return answer(request, internal_error())

@@ -1,0 +1,133 @@
+"""What happens to a session beside its turns: made, renamed, deleted, its open turn cancelled.
+
+Whoever changes a session or gives numbers of its stream takes the lock of its row first; so all of it has one order.
+"""
+
+import re
+import uuid
+from typing import Any
+
+from django.db import IntegrityError, transaction
+from django.db.models.functions import Now
+
+from events_app import log
+from events_app.chunks import Chunk, TurnFinished, encode
+from events_app.feed import feed
+from events_app.frames import Frame
+from orchestrator_site.errors import Invalid
+from orchestrator_site.http import SESSION_ID
+from sessions_app.callers import Caller
+from sessions_app.models import Session, SessionIdTaken, Turn, UnknownSession, new_id
+
+NO_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+
+def valid_session_id(session_id: str) -> str:
+    """The id as given. Raises Invalid for one that the server could not serve in a path."""
+    if not re.fullmatch(SESSION_ID, session_id):
+        raise Invalid("Has to be 1 to 128 letters, digits, '.', '_' or '-'.", "body", "session_id", kind="pattern")
+    return session_id
+
+
+def record(session: Session, event_type: str, *, turn_id: uuid.UUID | None = None, **data: Any) -> None:
+    """Insert one fact about a session in the caller's transaction."""
+    log.record(
+        event_type,
+        account_id=session.account_id,
+        session_id=session.pk,
+        turn_id=str(turn_id or ""),
+        source=event_type.partition(".")[0],
+        **data,
+    )
+
+
+def create(caller: Caller, session_id: str | None = None) -> Session:
+    """Make a session of the caller's account. Raises SessionIdTaken whoever has it, deleted or not."""
+    try:
+        with transaction.atomic():
+            session = Session.objects.create(pk=session_id or new_id(), account_id=caller.account_id)
+            record(session, "session.created", created_by=caller.name)
+    except IntegrityError:
+        raise SessionIdTaken("This session id is taken.") from None
+    session.refresh_from_db()
+    return session
+
+
+def locked_for(caller: Caller, session_id: str) -> Session:
+    """The session with its row locked, inside the caller's transaction. Raises UnknownSession."""
+    return Session.objects.locked().one_visible_to(caller, session_id)
+
+
+def locked_or_created(caller: Caller, session_id: str) -> Session:
+    """The same for messages that make the session on first use. Never another account's: that one is unknown."""
+    session = Session.objects.locked().filter(pk=session_id).first()
+    if session is None:
+        try:
+            session = create(caller, session_id)
+        except SessionIdTaken:  # by somebody who was faster
+            session = Session.objects.locked().get(pk=session_id)
+    if session.deleted_at is not None or session.account_id != caller.account_id:
+        raise UnknownSession(f"Session {session_id} not found")
+    return session
+
+
+def emit(session: Session, chunk: Chunk, *, origin: str) -> None:
+    """Say something on a session's stream that closes its answer, in the transaction that holds the session's lock.
+
+    A live runner owns the numbers: the frame is left to it. With none, the number comes from the session's row.
+    """
+    body = encode(chunk)
+    if session.live_turn() is not None:
+        log.leave_unnumbered(session.pk, origin, body)
+    else:
+        # Left behind by a runner that died: they were said earlier.
+        frames = log.number_waiting(session.pk, lambda: session.reserve_numbers(1))
+        frames.append(Frame.of(session.reserve_numbers(1), origin, body, closes=True))
+        log.append(session.pk, frames[-1:])
+    transaction.on_commit(lambda: feed.poke(session.pk))
+
+
+@transaction.atomic
+def rename(caller: Caller, session_id: str, title: str) -> Session:
+    session = locked_for(caller, session_id)
+    Session.objects.filter(pk=session.pk).update(title=title)
+    session.title = title
+    record(session, "session.updated", title=title, updated_by=caller.name)
+    return session
+
+
+@transaction.atomic
+def delete(caller: Caller, session_id: str) -> None:
+    """Take the session out of everybody's sight; its turns are cancelled, its id stays taken, its facts stay."""
+    session = locked_for(caller, session_id)
+    for turn in session.turns.unfinished().order_by("position"):
+        _cancel(session, turn)
+    Session.objects.filter(pk=session.pk).update(deleted_at=Now(), is_active=False)
+    record(session, "session.deleted", deleted_by=caller.name)
+    transaction.on_commit(lambda: feed.close(session.pk))
+
+
+@transaction.atomic
+def cancel(caller: Caller, session_id: str) -> uuid.UUID | None:
+    """Cancel the session's open turn and return its id, None when there is none. Messages queued behind it go on.
+
+    A turn that is running ends a moment later by its runner's hand; after this it can end in no other way.
+    """
+    session = locked_for(caller, session_id)
+    turn = session.turns.unfinished().order_by("position").first()
+    if turn is None:
+        return None
+    _cancel(session, turn)
+    return turn.pk
+
+
+def _cancel(session: Session, turn: Turn) -> None:
+    if turn.request_cancel():
+        transaction.on_commit(lambda: feed.poke(session.pk))
+        return
+    if turn.cancel_unheld("cancelled"):
+        usage = {name: getattr(turn, name) for name in NO_USAGE}
+        chunk = TurnFinished(str(turn.pk), Turn.Status.CANCELLED, "cancelled", usage)
+        emit(session, chunk, origin=str(turn.pk))
+        record(session, "session.updated", turn_id=turn.pk, turn="cancelled")
+        transaction.on_commit(feed.wake_runner)

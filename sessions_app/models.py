@@ -1,0 +1,293 @@
+"""Whose it is, where it happens, and in what state: accounts, sessions, turns, handoffs."""
+
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self
+
+from django.conf import settings
+from django.db import models
+from django.db.models import Exists, F, OuterRef, Q, QuerySet
+from django.db.models.expressions import CombinedExpression
+from django.db.models.functions import Coalesce, Now
+
+from orchestrator_site.errors import Conflict, NotFound
+from sessions_app.callers import Caller
+
+ORCHESTRATOR = "orchestrator"
+
+
+class UnknownSession(NotFound):
+    code = "session_not_found"
+
+
+class SessionIdTaken(Conflict):
+    code = "session_id_taken"
+
+
+class LostClaim(Exception):
+    """The turn is no longer this runner's: another one took it over, or it has ended."""
+
+
+class CancelRequested(Exception):
+    """Somebody cancelled the turn while this runner worked on it."""
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+class Account(models.Model):
+    """The tenant. Every row belongs to one; until keys have owners there is the one that a migration seeds."""
+
+    name = models.CharField(max_length=100, unique=True)
+    created_at = models.DateTimeField(db_default=Now())
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class SessionQuerySet(QuerySet["Session"]):
+    def visible_to(self, caller: Caller) -> Self:
+        """The only way to a session on somebody's behalf: not deleted, and of the caller's account."""
+        return self.filter(account_id=caller.account_id, deleted_at__isnull=True)
+
+    def one_visible_to(self, caller: Caller, session_id: str) -> "Session":
+        """The session, or UnknownSession: the same for a stranger's, a deleted one and one that never was."""
+        session = self.visible_to(caller).filter(pk=session_id).first()
+        if session is None:
+            raise UnknownSession(f"Session {session_id} not found")
+        return session
+
+    def locked(self) -> Self:
+        """Lock the rows: whoever gives numbers or moves turns of a session takes its row first."""
+        return self.select_for_update()
+
+
+class Session(models.Model):
+    """One conversation. Its row also hands out the numbers of its stream and of its turns."""
+
+    id = models.CharField(primary_key=True, max_length=128, default=new_id)
+    account = models.ForeignKey(Account, on_delete=models.PROTECT, related_name="sessions")
+    title = models.CharField(max_length=500, null=True)  # noqa: DJ001 (null is what clients are shown)
+    current_agent = models.CharField(max_length=32, default=ORCHESTRATOR)
+    switch_count = models.PositiveIntegerField(default=0)
+    message_count = models.PositiveIntegerField(default=0)
+    turn_count = models.PositiveIntegerField(default=0)
+    is_active = models.BooleanField(default=True)
+    next_seq = models.BigIntegerField(default=1, help_text="The next number of its stream that nobody has reserved.")
+    pruned_seq = models.BigIntegerField(default=0, help_text="The last number of its stream that was pruned.")
+    last_activity = models.DateTimeField(db_default=Now())
+    created_at = models.DateTimeField(db_default=Now())
+    deleted_at = models.DateTimeField(null=True)
+
+    objects = SessionQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["-last_activity", "id"]
+        indexes = [models.Index(fields=["account", "-last_activity", "id"], name="session_by_activity")]
+
+    def __str__(self) -> str:
+        return self.title or self.pk
+
+    def reserve_numbers(self, count: int) -> int:
+        """Take the next `count` numbers of the stream and return the first; the caller holds the row's lock."""
+        first = self.next_seq
+        Session.objects.filter(pk=self.pk).update(next_seq=F("next_seq") + count)
+        self.next_seq = first + count
+        return first
+
+    def live_turn(self) -> "Turn | None":
+        """The turn whose runner gives the stream's numbers at the moment, if there is one."""
+        return self.turns.filter(status=Turn.Status.RUNNING, lease_until__gt=Now()).first()
+
+    def hand_over(self, to: str, *, reason: str, confidence: str | None, turn_id: uuid.UUID | None) -> "Handoff":
+        """Pass the session to another agent; the caller holds the row's lock."""
+        handoff = self.handoffs.create(
+            from_agent=self.current_agent, to_agent=to, reason=reason, confidence=confidence, turn_id=turn_id
+        )
+        Session.objects.filter(pk=self.pk).update(current_agent=to, switch_count=F("switch_count") + 1)
+        self.current_agent = to
+        self.switch_count += 1
+        return handoff
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A runner's hold on a turn. Every write names owner and attempt, so that a stale runner can write nothing."""
+
+    turn_id: uuid.UUID
+    session_id: str
+    account_id: int
+    owner: str
+    attempt: int
+    first_seq: int
+    block_end: int
+    settled_seq: int
+
+
+class TurnQuerySet(QuerySet["Turn"]):
+    def unfinished(self) -> Self:
+        return self.filter(status__in=Turn.UNFINISHED)
+
+    def expired(self) -> Self:
+        """Running turns whose runner has not renewed its lease in time."""
+        return self.filter(status=Turn.Status.RUNNING, lease_until__lte=Now())
+
+    def claimable(self) -> Self:
+        """Queued turns with no unfinished one before them, and running ones that lost their runner; oldest first."""
+        before = Turn.objects.unfinished().filter(session=OuterRef("session"), position__lt=OuterRef("position"))
+        return (
+            self.filter(Q(status=Turn.Status.QUEUED) | Q(status=Turn.Status.RUNNING, lease_until__lte=Now()))
+            .filter(~Exists(before))
+            .order_by("created_at", "position")
+        )
+
+    def held_by(self, owner: str) -> Self:
+        return self.filter(status=Turn.Status.RUNNING, owner=owner)
+
+
+class Turn(models.Model):
+    """Everything from one user message to the end of the answer."""
+
+    class Status(models.TextChoices):
+        QUEUED = "queued"
+        RUNNING = "running"
+        WAITING = "waiting"
+        COMPLETED = "completed"
+        FAILED = "failed"
+        CANCELLED = "cancelled"
+
+    UNFINISHED = (Status.QUEUED, Status.RUNNING, Status.WAITING)
+    FINISHED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="turns")
+    position = models.PositiveIntegerField(help_text="Its place among the session's turns, in order of acceptance.")
+    status = models.CharField(max_length=16, choices=Status.choices, default=Status.QUEUED)
+    code = models.CharField(max_length=64, blank=True, help_text="Why it failed or was cancelled, in one stable word.")
+    requested_agent = models.CharField(max_length=32, blank=True, help_text="Asked for by the message, not yet obeyed.")
+    owner = models.CharField(max_length=64, blank=True, help_text="The runner that holds it.")
+    attempt = models.PositiveIntegerField(default=0, help_text="How often it was claimed; part of the fence.")
+    lease_until = models.DateTimeField(null=True)
+    settled_seq = models.BigIntegerField(default=0, help_text="Text after this number is void if the runner dies.")
+    handoff_count = models.PositiveIntegerField(default=0)
+    cancel_requested_at = models.DateTimeField(null=True)
+    prompt_tokens = models.PositiveIntegerField(default=0)
+    completion_tokens = models.PositiveIntegerField(default=0)
+    total_tokens = models.PositiveIntegerField(default=0)
+    created_at = models.DateTimeField(db_default=Now())
+    started_at = models.DateTimeField(null=True)
+    finished_at = models.DateTimeField(null=True)
+
+    objects = TurnQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["session", "position"]
+        constraints = [
+            models.UniqueConstraint(fields=["session", "position"], name="one_turn_per_position"),
+            models.UniqueConstraint(
+                fields=["session"], condition=Q(status__in=["running", "waiting"]), name="one_active_turn_per_session"
+            ),
+        ]
+        indexes = [
+            models.Index(
+                fields=["created_at"], condition=Q(status__in=["queued", "running"]), name="turn_to_be_claimed"
+            ),
+            models.Index(fields=["owner"], condition=Q(status="running"), name="turn_by_owner"),
+        ]
+
+    def __str__(self) -> str:
+        return f"turn {self.position} of {self.session_id}"
+
+    def claim(self, owner: str) -> bool:
+        """Take the turn for `owner` unless somebody else was faster; the caller holds the session's lock."""
+        was = Q(status=Turn.Status.QUEUED) | Q(status=Turn.Status.RUNNING, lease_until__lte=Now())
+        return bool(
+            Turn.objects.filter(was, pk=self.pk, attempt=self.attempt).update(
+                status=Turn.Status.RUNNING,
+                owner=owner,
+                attempt=F("attempt") + 1,
+                lease_until=lease_end(),
+                started_at=Coalesce("started_at", Now()),
+            )
+        )
+
+    @staticmethod
+    def mine(claim: Claim) -> "TurnQuerySet":
+        """The turn if `claim` still holds: what every write of a runner goes through."""
+        # A lease that ran out counts for nothing even if nobody took over: others may have given numbers since.
+        return Turn.objects.filter(
+            pk=claim.turn_id,
+            status=Turn.Status.RUNNING,
+            owner=claim.owner,
+            attempt=claim.attempt,
+            lease_until__gt=Now(),
+        )
+
+    @staticmethod
+    def progress(claim: Claim, **changes: Any) -> None:
+        """Write a step of a running turn, or raise LostClaim, or CancelRequested if the step may no longer count."""
+        if not Turn.mine(claim).filter(cancel_requested_at__isnull=True).update(**changes):
+            Turn.ensure_running(claim)
+            raise LostClaim(f"turn {claim.turn_id} changed hands")
+
+    @staticmethod
+    def ensure_running(claim: Claim) -> None:
+        """Raise LostClaim when the claim holds no more, CancelRequested when somebody wants the turn to end."""
+        held = Turn.mine(claim).values_list("cancel_requested_at").first()
+        if held is None:
+            raise LostClaim(f"turn {claim.turn_id} is no longer {claim.owner}'s")
+        if held[0] is not None:
+            raise CancelRequested(f"turn {claim.turn_id} was cancelled")
+
+    @staticmethod
+    def finish(claim: Claim, status: Status, *, code: str = "", **changes: Any) -> None:
+        """End a running turn. A cancelled one can end in no other way."""
+        ending = {"status": status, "code": code, "finished_at": Now(), "lease_until": None, **changes}
+        if status != Turn.Status.CANCELLED:
+            Turn.progress(claim, **ending)
+        elif not Turn.mine(claim).update(**ending):
+            raise LostClaim(f"turn {claim.turn_id} is no longer {claim.owner}'s")
+
+    def request_cancel(self) -> bool:
+        """Tell the live runner to stop; False when there is none (any more)."""
+        return bool(
+            Turn.objects.filter(pk=self.pk, status=Turn.Status.RUNNING, lease_until__gt=Now()).update(
+                cancel_requested_at=Coalesce("cancel_requested_at", Now())
+            )
+        )
+
+    def cancel_unheld(self, code: str) -> bool:
+        """Cancel a turn that no runner holds: queued, waiting, or left behind by a runner that died."""
+        unheld = Q(status__in=[Turn.Status.QUEUED, Turn.Status.WAITING]) | Q(
+            status=Turn.Status.RUNNING, lease_until__lte=Now()
+        )
+        return bool(
+            Turn.objects.filter(unheld, pk=self.pk).update(
+                status=Turn.Status.CANCELLED, code=code, finished_at=Now(), lease_until=None
+            )
+        )
+
+
+class Handoff(models.Model):
+    """The session passed from one agent to another."""
+
+    session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="handoffs")
+    turn = models.ForeignKey(Turn, on_delete=models.PROTECT, null=True, related_name="handoffs")
+    from_agent = models.CharField(max_length=32)
+    to_agent = models.CharField(max_length=32)
+    reason = models.TextField()
+    confidence = models.CharField(max_length=32, null=True)  # noqa: DJ001 (null is what clients are shown)
+    created_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        ordering = ["id"]
+
+    def __str__(self) -> str:
+        return f"{self.from_agent} to {self.to_agent}"
+
+
+def lease_end() -> CombinedExpression:
+    """When a lease taken or renewed now runs out, on the database's clock."""
+    return Now() + timedelta(seconds=settings.TURN_LEASE_SECONDS)

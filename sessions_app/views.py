@@ -1,0 +1,189 @@
+"""Sessions over REST: create, list, read, rename, delete, cancel; and the stream of a whole session."""
+
+import re
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
+from rest_framework import serializers
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from events_app import log
+from events_app.chunks import StreamReset, encode
+from events_app.database import hop
+from events_app.frames import Frame
+from events_app.stream import ensure_room, follow, sse_response, to_wire, until_old
+from orchestrator_site.errors import BadRequest, Invalid
+from orchestrator_site.http import allow, boolean, read_json, whole_number, wire_time
+from sessions_app import lifecycle
+from sessions_app.callers import Caller
+from sessions_app.models import Session
+
+
+class StrictText(serializers.CharField):
+    """A text as it was sent: not trimmed, and nothing else (a number, true) taken for one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(trim_whitespace=False, **kwargs)
+
+    def to_internal_value(self, data: Any) -> str:
+        if not isinstance(data, str):
+            self.fail("invalid")
+        return super().to_internal_value(data)
+
+
+class NewSession(serializers.Serializer[Any]):
+    session_id = StrictText(required=False, allow_null=True, max_length=128)
+
+
+class NewTitle(serializers.Serializer[Any]):
+    title = StrictText(max_length=500)
+
+    def validate_title(self, title: str) -> str:
+        if not title.strip():
+            raise serializers.ValidationError("Has to say something.", code="blank")
+        return title.strip()
+
+
+def validated(serializer: type[serializers.Serializer[Any]], data: Any) -> dict[str, Any]:
+    """The body's fields. Raises the 422 of protocol 1.4 through DRF's exception handler."""
+    checked = serializer(data=data)
+    checked.is_valid(raise_exception=True)
+    return dict(checked.validated_data)
+
+
+def body_or_nothing(request: Request) -> Any:
+    """The JSON body; nothing at all, null and {} mean the same (protocol 2.5)."""
+    django_request = request._request
+    if not django_request.body:
+        return {}
+    value = read_json(django_request.body, django_request.headers.get("Content-Type", ""))
+    return {} if value is None else value
+
+
+class SessionsView(APIView):
+    """POST and GET /sessions"""
+
+    def post(self, request: Request) -> Response:
+        session_id = validated(NewSession, body_or_nothing(request)).get("session_id")
+        if session_id is not None:
+            lifecycle.valid_session_id(session_id)
+        session = lifecycle.create(request.user, session_id)
+        return Response(
+            {
+                "id": session.pk,
+                "session_id": session.pk,
+                "message_count": 0,
+                "created_at": wire_time(session.created_at),
+                "is_active": True,
+                "current_agent": session.current_agent,
+            },
+            status=201,
+        )
+
+    def get(self, request: Request) -> Response:
+        limit = whole_number(request.GET, "limit", 100, at_least=1, at_most=1000)
+        offset = whole_number(request.GET, "offset", 0, at_least=0)
+        sessions = Session.objects.visible_to(request.user)
+        if boolean(request.GET, "active_only", True):
+            sessions = sessions.filter(is_active=True)
+        page = sessions.order_by("-last_activity", "pk")[offset : offset + limit]
+        return Response(
+            {
+                "sessions": [listed(session) for session in page],
+                "total": sessions.count(),
+                "limit": limit,
+                "offset": offset,
+            }
+        )
+
+
+class SessionView(APIView):
+    """GET, PATCH and DELETE /sessions/{session_id}. `messages_of` is given by the app that has the messages."""
+
+    messages_of: Callable[[Session], list[dict[str, Any]]] | None = None
+
+    def get(self, request: Request, session_id: str) -> Response:
+        wants_messages = boolean(request.GET, "include_messages", False)
+        session = Session.objects.one_visible_to(request.user, session_id)
+        assert self.messages_of is not None  # noqa: S101 (urls.py passes it)
+        return Response(detailed(session, self.messages_of(session) if wants_messages else None))
+
+    def patch(self, request: Request, session_id: str) -> Response:
+        title = validated(NewTitle, request.data)["title"]
+        return Response(detailed(lifecycle.rename(request.user, session_id, title), None))
+
+    def delete(self, request: Request, session_id: str) -> Response:
+        lifecycle.delete(request.user, session_id)
+        return Response(status=204)
+
+
+class CancelView(APIView):
+    """POST /sessions/{session_id}/cancel"""
+
+    def post(self, request: Request, session_id: str) -> Response:
+        if not isinstance(body_or_nothing(request), dict):
+            raise Invalid("Has to be an object.", "body", kind="dict_type")
+        turn_id = lifecycle.cancel(request.user, session_id)
+        return Response({"session_id": session_id, "cancelled_turn": str(turn_id) if turn_id else None})
+
+
+def listed(session: Session) -> dict[str, Any]:
+    """Form I of protocol 2.6, with the old form's keys."""
+    return {
+        "id": session.pk,
+        "session_id": session.pk,
+        "title": session.title,
+        "description": None,
+        "message_count": session.message_count,
+        "last_activity": wire_time(session.last_activity),
+        "is_active": session.is_active,
+        "current_agent": session.current_agent,
+        "created_at": wire_time(session.created_at),
+    }
+
+
+def detailed(session: Session, messages: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Form D of protocol 2.7, at top level for the IDE and under `session` for everybody else."""
+    lasted = (session.last_activity - session.created_at).total_seconds()
+    details = {**listed(session), "messages": messages, "duration_seconds": max(lasted, 0.0)}
+    return {**details, "session": details}
+
+
+@allow("GET")
+async def session_stream(request: HttpRequest, session_id: str) -> HttpResponseBase:
+    """GET /sessions/{session_id}/stream: everything of the session, live, from any position (protocol 2.11)."""
+    ensure_room()
+    asked = _position(request)
+    caller: Caller = request.caller  # type: ignore[attr-defined]
+    after, reset = await hop(_starting_point, caller, session_id, asked)
+    return sse_response(until_old(_everything(session_id, after, reset)))
+
+
+async def _everything(session_id: str, after: int, reset: Frame | None) -> AsyncGenerator[bytes, None]:
+    if reset is not None:
+        yield reset.wire
+    async with aclosing(to_wire(follow(session_id, after=after))) as parts:
+        async for part in parts:
+            yield part
+
+
+def _position(request: HttpRequest) -> int:
+    """The number after which to go on: `Last-Event-ID`, as browsers send it, or `?after=`."""
+    raw = request.headers.get("Last-Event-ID") or request.GET.get("after") or "0"
+    if not re.fullmatch("[0-9]{1,18}", raw):
+        raise BadRequest("A position in the stream is a number.")
+    return int(raw)
+
+
+def _starting_point(caller: Caller, session_id: str, asked: int) -> tuple[int, Frame | None]:
+    """Where to begin, and the reset to send first when what was asked for is gone or never was."""
+    session = Session.objects.one_visible_to(caller, session_id)
+    if asked == 0 or session.pruned_seq <= asked < session.next_seq:
+        return asked, None
+    oldest = log.oldest_kept(session_id) or session.next_seq
+    return oldest - 1, Frame.of(oldest - 1, "", encode(StreamReset(oldest)))

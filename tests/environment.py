@@ -1,0 +1,14 @@
+"""Loaded by pytest before the settings (`-p tests.environment`)."""
+
+import os
+
+# Tests have settings of their own: nothing of this installation's .env or shell decides whether they pass.
+for name, value in {
+    "SECRET_KEY": "test-secret-test-secret-test-secret-test-secret",
+    "INTERNAL_API_KEY": "test-key-test-key-test-key-test-key-test",
+    "DATABASE_URL": "sqlite:///:memory:",
+    "LLM_BASE_URL": "",
+    "MULTI_AGENT_MODE": "true",
+    "DEBUG": "false",
+}.items():
+    os.environ[name] = value

@@ -28,3 +28,28 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcome = fresh.manage("migrate", "-v0")
     assert outcome.returncode == 0, outcome.stderr
     return fresh.database
+
+
+@pytest.fixture(scope="module")
+def shared_llm() -> Iterator[ScriptedLLM]:
+    with ScriptedLLM() as scripted:
+        yield scripted
+
+
+@pytest.fixture(scope="module")
+def shared_server(
+    tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path
+) -> Iterator[Server]:
+    """One real server process for the tests of a module that leave it as they found it."""
+    with running(tmp_path_factory.mktemp("shared"), migrated, LLM_BASE_URL=shared_llm.url) as started:
+        yield started
+
+
+@pytest.fixture
+def played(shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
+    """The module's model for one test: its script has to be played to the end, and no history may be refused."""
+    seen = len(shared_llm.refused)
+    shared_llm.route_to = "coder"
+    yield shared_llm
+    assert shared_llm.unplayed == 0
+    assert shared_llm.refused[seen:] == []

@@ -194,10 +194,14 @@ def bad_json(*, after: str = "") -> Body:
 
 
 def raw(
-    *parts: bytes, content_type: str = EVENT_STREAM, status: int = 200, headers: dict[str, str] | None = None
+    *parts: bytes,
+    content_type: str = EVENT_STREAM,
+    status: int = 200,
+    headers: dict[str, str] | None = None,
+    pause: float = 0.0,
 ) -> Body:
     """These very bytes, each part in a packet of its own, then the end of the body."""
-    return Body(parts, content_type=content_type, status=status, headers=headers or {})
+    return Body(parts, content_type=content_type, status=status, headers=headers or {}, pause=pause)
 
 
 def slow_bytes(data: bytes, seconds_per_byte: float) -> Body:

@@ -12,7 +12,7 @@ from .base import FinishedStep, ModelRequest, TextDelta, Usage
 
 SHOWN_CHARS = 200
 
-# What each agent is for, continuing "With a real model, the <agent> would now ".
+# What each agent is for, continuing "With a real model, the <agent> agent would now ".
 WORK = {
     "coder": "write or change the code for this, asking you before any file is touched",
     "architect": "think through the design and write it down as a plan",
@@ -66,7 +66,7 @@ def _answer(system: str, messages: list[dict[str, Any]]) -> str:
     return (
         f"Hello! This is the {agent} agent, played by the demo model: it works offline, no provider was asked.\n\n"
         f"{heard}\n\n"
-        f"With a real model, the {agent} would now {WORK.get(agent, 'answer you')}. "
+        f"With a real model, the {agent} agent would now {WORK.get(agent, 'answer you')}. "
         "To connect one, set LLM_BASE_URL (any OpenAI-compatible address), LLM_API_KEY and LLM_MODEL, and start the "
         "server again. Until then, ask for code, a design, the cause of an error or an explanation in a new session: "
         "each goes to another agent."

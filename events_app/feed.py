@@ -28,7 +28,8 @@ class Writer(Protocol):
 class Subscription:
     """One follower's bounded queue. `reread` says that the log has news, or that the queue ran over."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_with_session: bool) -> None:
+        self.ends_with_session = ends_with_session
         self.frames: deque[Frame] = deque()
         self.reread = False
         self.ended = False
@@ -79,7 +80,7 @@ class Feed:
         self._on_loop(self._poke, session_id)
 
     def close(self, session_id: str) -> None:
-        """The session is gone: its followers' streams end."""
+        """The session is gone: the streams of the whole session end."""
         self._on_loop(self._close, session_id)
 
     def wake_runner(self) -> None:
@@ -93,8 +94,9 @@ class Feed:
     # --- on the loop ---
 
     @contextmanager
-    def subscribe(self, session_id: str) -> Iterator[Subscription]:
-        subscription = Subscription()
+    def subscribe(self, session_id: str, *, ends_with_session: bool) -> Iterator[Subscription]:
+        """Follow a session; an answer goes on to its own end even when the session is deleted under it."""
+        subscription = Subscription(ends_with_session=ends_with_session)
         self._followers[session_id].add(subscription)
         try:
             yield subscription
@@ -138,7 +140,7 @@ class Feed:
 
     def _close(self, session_id: str) -> None:
         for subscription in self._followers.get(session_id, ()):
-            subscription.ended = True
+            subscription.ended = subscription.ends_with_session
             subscription.signal()
 
 

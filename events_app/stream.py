@@ -26,7 +26,7 @@ async def follow(session_id: str, *, after: int, until: str | None = None) -> As
 
     With `until`, the frames of that origin alone, up to the one that closes its answer. An empty list is a heartbeat.
     """
-    with feed.subscribe(session_id) as live:
+    with feed.subscribe(session_id, ends_with_session=until is None) as live:
         while not live.ended:
             # The unlogged ones first: what leaves that list while the log is read is in the log by then.
             live.reread = False

@@ -10,5 +10,6 @@ for name, value in {
     "LLM_BASE_URL": "",
     "MULTI_AGENT_MODE": "true",
     "DEBUG": "false",
+    "LOG_LEVEL": "WARNING",
 }.items():
     os.environ[name] = value

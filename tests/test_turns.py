@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.scripted_llm import Gate, ScriptedLLM, call, drop, empty, gated, hold, html, say, status
+from tests.scripted_llm import Gate, ScriptedLLM, call, drop, empty, hold, html, say, status
 from tests.server import Frame, Server, eventually, until
 
 pytestmark = pytest.mark.usefixtures("played")
@@ -285,7 +285,7 @@ def test_cancel_before_the_first_word_leaves_a_history_that_a_strict_model_takes
 ) -> None:
     gate = Gate()
     on_agent(server, session_id, "coder")
-    played.script(gated(say("never heard"), gate), say("Fresh start."))
+    played.script(hold("", "never heard", gate=gate), say("Fresh start."))
     with server.streaming({"type": "user_message", "content": "go"}, session_id) as answer:
         until(answer, "turn_started")
         gate.reached.wait()
@@ -303,7 +303,7 @@ def test_cancel_ends_the_open_turn_and_what_is_queued_goes_on(
 ) -> None:
     gate = Gate()
     on_agent(server, session_id, "coder")
-    played.script(gated(say("never heard"), gate), say("second answer"))
+    played.script(hold("", "never heard", gate=gate), say("second answer"))
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(server.say, session_id, "first")
         gate.reached.wait()
@@ -322,7 +322,7 @@ def test_a_deleted_session_ends_its_turn_and_its_streams_and_is_gone(
 ) -> None:
     gate = Gate()
     on_agent(server, session_id, "coder")
-    played.script(gated(say("never heard"), gate))
+    played.script(hold("", "never heard", gate=gate))
     with (
         server.streaming({"type": "user_message", "content": "go"}, session_id) as answer,
         server.following(session_id) as stream,

@@ -1,0 +1,217 @@
+"""The benchmark's load: many turns at once against a running server, and what their clients saw.
+
+    INTERNAL_API_KEY=... python benchmarks/load.py --port 8000 --turns 100 --tokens 200
+
+Prints `ready` when its sessions exist and starts the turns at the first line on its standard input. Prints `streaming`
+when every stream has its first token, and one line of JSON at the end. While the turns run it does nothing with what
+it receives but note when it came; everything is read afterwards.
+"""
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import re
+import resource
+import sys
+import time
+import uuid
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import uvloop
+
+TOKEN = re.compile(rb'"token":"([^"]*)"')
+WHOLE = re.compile(rb'"type":"assistant_message","content":"([^"]*)"')
+COMPLETED = re.compile(rb'"type":"turn_finished","turn_id":"[^"]*","status":"completed"')
+PATIENCE = 60.0
+
+
+@dataclass
+class Turn:
+    """One turn as its client saw it: what came, and when."""
+
+    session_id: str
+    asked_at: int = 0
+    streams: bool = False
+    pieces: list[tuple[int, bytes]] = field(default_factory=list)
+
+    @property
+    def raw(self) -> bytes:
+        return b"".join(piece for _, piece in self.pieces)
+
+    def tokens(self) -> list[tuple[int, int, int]]:
+        """Each token that arrived: its number, when the model sent it, when the client had read it."""
+        ends = list(accumulate(len(piece) for _, piece in self.pieces))
+        arrived = []
+        for match in TOKEN.finditer(self.raw):
+            read_at = self.pieces[bisect_left(ends, match.end())][0]
+            # A delta holds several tokens when they came while a step was being stored.
+            for token in match[1].split():
+                number, _, sent_at = token.partition(b":")
+                arrived.append((int(number), int(sent_at), read_at))
+        return arrived
+
+    def problem(self, expected: int) -> str | None:
+        """Why this turn failed, or None."""
+        raw = self.raw
+        status = raw.partition(b"\r\n")[0].decode(errors="replace")
+        if " 200 " not in f"{status} ":
+            return status or "no answer"
+        whole = WHOLE.findall(raw)
+        if len(whole) != 1 or len(whole[0].split()) != expected:
+            return f"{len(whole)} whole answers, {[len(text.split()) for text in whole]} tokens in them"
+        if not COMPLETED.search(raw):
+            return "the turn did not complete"
+        if b"event: done" not in raw:
+            return "the stream broke off"
+        return None
+
+
+class Client(asyncio.Protocol):
+    """One client: sends its message, notes what comes."""
+
+    def __init__(self, turn: Turn, request: bytes, ended: "asyncio.Future[None]") -> None:
+        self.turn = turn
+        self.request = request
+        self.ended = ended
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.turn.asked_at = time.monotonic_ns()
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.turn.pieces.append((time.monotonic_ns(), data))
+        if not self.turn.streams and b'"token":' in data:
+            self.turn.streams = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+class Load:
+    def __init__(self, port: int, key: str, *, routed: bool) -> None:
+        self.port = port
+        self.key = key
+        self.routed = routed
+
+    def sessions(self, count: int) -> list[str]:
+        """New sessions; on the coder from the start, unless their messages are to be routed."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        ids = [f"bench-{uuid.uuid4().hex}" for _ in range(count)]
+        for session_id in ids:
+            self._post(connection, "/sessions", {"session_id": session_id}, 201)
+            if not self.routed:
+                switch = {"target_agent": "coder", "reason": "benchmark"}
+                self._post(connection, f"/agents/{session_id}/switch", switch, 200)
+        connection.close()
+        return ids
+
+    def _post(self, connection: http.client.HTTPConnection, path: str, body: object, expected: int) -> None:
+        headers = {"X-Internal-Auth": self.key, "Content-Type": "application/json"}
+        connection.request("POST", path, json.dumps(body), headers)
+        response = connection.getresponse()
+        text = response.read()
+        if response.status != expected:
+            raise RuntimeError(f"POST {path}: {response.status} {text[:200]!r}")
+
+    async def run(self, session_ids: list[str]) -> list[Turn]:
+        """One turn in each session, all at once; returns when every stream has ended."""
+        turns = [Turn(session_id) for session_id in session_ids]
+        watch = asyncio.create_task(self._announce(turns))
+        await asyncio.wait([asyncio.create_task(self._take(turn)) for turn in turns], timeout=PATIENCE)
+        watch.cancel()
+        return turns
+
+    async def _take(self, turn: Turn) -> None:
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+        request = self._message(turn.session_id)
+        transport, _ = await loop.create_connection(lambda: Client(turn, request, ended), "127.0.0.1", self.port)
+        try:
+            await ended
+        finally:
+            transport.close()
+
+    def _message(self, session_id: str) -> bytes:
+        message = {"type": "user_message", "content": "Please write the function that we spoke of."}
+        body = json.dumps({"session_id": session_id, "message": message}).encode()
+        return (
+            f"POST /agent/message/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Internal-Auth: {self.key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        ).encode() + body
+
+    async def _announce(self, turns: list[Turn]) -> None:
+        while not all(turn.streams for turn in turns):
+            await asyncio.sleep(0.05)
+        print("streaming", flush=True)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """By nearest rank; not a number when there is nothing to rank."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, int(len(ranked) * share))] if ranked else float("nan")
+
+
+def report(turns: list[Turn], expected: int, seconds: float, cpu: float) -> dict[str, object]:
+    ages, firsts, problems = [], [], []
+    lost = repeated = disordered = 0
+    for turn in turns:
+        tokens = turn.tokens()
+        numbers = [number for number, _, _ in tokens]
+        lost += expected - len(set(numbers))
+        repeated += len(numbers) - len(set(numbers))
+        disordered += numbers != sorted(numbers)
+        ages += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens]
+        firsts += [(read_at - turn.asked_at) / 1e6 for _, _, read_at in tokens[:1]]
+        if problem := turn.problem(expected):
+            problems.append(problem)
+    return {
+        "turns": len(turns),
+        "failed": len(problems),
+        "problems": sorted(set(problems))[:5],
+        "tokens": len(ages),
+        "lost": lost,
+        "repeated": repeated,
+        "disordered": disordered,
+        "seconds": seconds,
+        "load_cpu_seconds": cpu,
+        "age_ms": {name: percentile(ages, share) for name, share in SHARES.items()},
+        "first_token_ms": {name: percentile(firsts, share) for name, share in SHARES.items()},
+        "megabytes": sum(len(piece) for turn in turns for _, piece in turn.pieces) / 1e6,
+    }
+
+
+SHARES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--turns", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=200, help="how many each answer has to have")
+    parser.add_argument("--routed", action="store_true", help="let the orchestrator route every message")
+    arguments = parser.parse_args()
+
+    load = Load(arguments.port, os.environ["INTERNAL_API_KEY"], routed=arguments.routed)
+    session_ids = load.sessions(arguments.turns)
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+    cpu, began = cpu_seconds(), time.monotonic()
+    turns = uvloop.run(load.run(session_ids))
+    seconds, cpu = time.monotonic() - began, cpu_seconds() - cpu
+    print(json.dumps(report(turns, arguments.tokens, seconds, cpu)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

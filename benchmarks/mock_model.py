@@ -1,0 +1,113 @@
+"""A model for the benchmark: chat completions over plain asyncio, each token stamped with the time at which it left.
+
+    python benchmarks/mock_model.py --rate 50 --tokens 200
+
+Prints its port, then serves until it is ended. It does far less per token than the server it feeds, so that what is
+measured is the server. A token is `<number>:<nanoseconds> `, by the monotonic clock, which all processes share.
+"""
+
+import argparse
+import asyncio
+import json
+import time
+from typing import Any
+
+import uvloop
+
+HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+ROUTED = json.dumps({"agent": "coder", "confidence": "high", "reasoning": "bench"})
+
+
+def event(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    # As long as what real providers send around a token.
+    body = {"id": "chatcmpl-bench", "object": "chat.completion.chunk", "created": 0, "model": "bench", **more}
+    return b"data: " + json.dumps({**body, "choices": [choice]}, separators=(",", ":")).encode() + b"\n\n"
+
+
+def as_chunk(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+BEFORE_TOKEN, AFTER_TOKEN = event({"content": "TOKEN"}).split(b"TOKEN")
+
+
+def ending(tokens: int) -> bytes:
+    usage = {"prompt_tokens": 100, "completion_tokens": tokens, "total_tokens": 100 + tokens}
+    payload = event({}, "stop", usage=usage) + b"data: [DONE]\n\n"
+    return as_chunk(payload) + b"0\r\n\r\n"
+
+
+class Connection(asyncio.Protocol):
+    """One connection of the server's pool: requests come one after the other."""
+
+    def __init__(self, rate: float, tokens: int) -> None:
+        self.rate = rate
+        self.tokens = tokens
+        self.loop = asyncio.get_running_loop()
+        self.received = b""
+        self.timer: asyncio.TimerHandle | None = None
+        self.began = 0.0
+        self.sent = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        head, separator, body = self.received.partition(b"\r\n\r\n")
+        if separator and len(body) >= content_length(head):
+            self.received = b""
+            self.answer(json.loads(body))
+
+    def answer(self, request: dict[str, Any]) -> None:
+        if str(request["messages"][0]["content"]).startswith("Classify"):
+            self.transport.write(HEAD + as_chunk(event({"content": ROUTED})) + ending(1))
+            return
+        self.transport.write(HEAD + as_chunk(event({"role": "assistant", "content": ""})))
+        self.began, self.sent = self.loop.time(), 0
+        self.send_token()
+
+    def send_token(self) -> None:
+        token = b"%d:%d " % (self.sent, time.monotonic_ns())
+        self.transport.write(as_chunk(BEFORE_TOKEN + token + AFTER_TOKEN))
+        self.sent += 1
+        if self.sent < self.tokens:
+            # By a fixed timetable: a late token does not delay those behind it.
+            self.timer = self.loop.call_at(self.began + self.sent / self.rate, self.send_token)
+        else:
+            self.transport.write(ending(self.tokens))
+
+
+def content_length(head: bytes) -> int:
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            return int(value)
+    raise ValueError("the model's client sent no Content-Length")
+
+
+async def serve(rate: float, tokens: int) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(rate, tokens), "127.0.0.1", 0, backlog=1_000)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, default=50, help="tokens per second and stream")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens per answer")
+    arguments = parser.parse_args()
+    uvloop.run(serve(arguments.rate, arguments.tokens))
+
+
+if __name__ == "__main__":
+    main()

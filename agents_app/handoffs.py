@@ -9,7 +9,7 @@ from events_app.chunks import AgentSwitched
 from orchestrator_site.errors import BadRequest
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
-from sessions_app.models import Handoff, Session
+from sessions_app.models import Session
 
 MAX_SWITCHES = 50
 
@@ -68,20 +68,14 @@ def switch_by_message(caller: Caller, session_id: str, to: str, *, reason: str) 
     """
     ensure_known(to)
     session = lifecycle.locked_or_created(caller, session_id)
-    after, origin = session.next_seq - 1, str(uuid.uuid4())
+    after, origin = lifecycle.position(session), str(uuid.uuid4())
     if session.current_agent == to:
         chunk = AgentSwitched(to, to, reason)
     else:
         chunk = hand_over(session, to, reason=reason, confidence=None)
-    if live := session.live_turn():
-        after = live.settled_seq  # the frame's number will come from the runner's block
     lifecycle.emit(session, _final(chunk), origin=origin)
     return after, origin
 
 
 def _final(chunk: AgentSwitched) -> AgentSwitched:
     return AgentSwitched(chunk.from_agent, chunk.to_agent, chunk.reason, chunk.confidence, is_final=True)
-
-
-def history_of(session: Session) -> list[Handoff]:
-    return list(session.handoffs.order_by("id"))

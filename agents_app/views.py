@@ -9,7 +9,7 @@ from rest_framework.views import APIView
 
 from agents_app import handoffs
 from agents_app.models import Agent
-from orchestrator_site.http import boolean, wire_time
+from orchestrator_site.http import boolean, json_body, wire_time
 from sessions_app.models import Session
 from sessions_app.views import StrictText, validated
 
@@ -42,7 +42,7 @@ class SwitchView(APIView):
     """POST /agents/{session_id}/switch"""
 
     def post(self, request: Request, session_id: str) -> Response:
-        asked = validated(SwitchRequest, request.data)
+        asked = validated(SwitchRequest, json_body(request))
         session = handoffs.switch(
             request.user,
             session_id,

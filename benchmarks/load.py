@@ -18,8 +18,11 @@ import sys
 import time
 import uuid
 from bisect import bisect_left
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import cast
 
 import uvloop
 
@@ -35,7 +38,6 @@ class Turn:
 
     session_id: str
     asked_at: int = 0
-    streams: bool = False
     pieces: list[tuple[int, bytes]] = field(default_factory=list)
 
     @property
@@ -73,24 +75,24 @@ class Turn:
 class Client(asyncio.Protocol):
     """One client: sends its message, notes what comes."""
 
-    def __init__(self, turn: Turn, request: bytes, ended: "asyncio.Future[None]") -> None:
+    def __init__(self, turn: Turn, request: bytes) -> None:
         self.turn = turn
         self.request = request
-        self.ended = ended
+        self.streams = asyncio.Event()
+        self.ended = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
         self.turn.asked_at = time.monotonic_ns()
-        transport.write(self.request)
+        cast(asyncio.Transport, transport).write(self.request)
 
     def data_received(self, data: bytes) -> None:
         self.turn.pieces.append((time.monotonic_ns(), data))
-        if not self.turn.streams and b'"token":' in data:
-            self.turn.streams = True
+        if not self.streams.is_set() and b'"token":' in data:
+            self.streams.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+        self.streams.set()
+        self.ended.set()
 
 
 class Load:
@@ -122,20 +124,18 @@ class Load:
     async def run(self, session_ids: list[str]) -> list[Turn]:
         """One turn in each session, all at once; returns when every stream has ended."""
         turns = [Turn(session_id) for session_id in session_ids]
-        watch = asyncio.create_task(self._announce(turns))
-        await asyncio.wait([asyncio.create_task(self._take(turn)) for turn in turns], timeout=PATIENCE)
-        watch.cancel()
+        clients = [Client(turn, self._message(turn.session_id)) for turn in turns]
+        opened = await asyncio.gather(*[self._open(client) for client in clients])
+        await together(client.streams for client in clients)
+        print("streaming", flush=True)
+        await together(client.ended for client in clients)
+        for transport in opened:
+            transport.close()
         return turns
 
-    async def _take(self, turn: Turn) -> None:
-        loop = asyncio.get_running_loop()
-        ended = loop.create_future()
-        request = self._message(turn.session_id)
-        transport, _ = await loop.create_connection(lambda: Client(turn, request, ended), "127.0.0.1", self.port)
-        try:
-            await ended
-        finally:
-            transport.close()
+    async def _open(self, client: Client) -> asyncio.BaseTransport:
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: client, "127.0.0.1", self.port)
+        return transport
 
     def _message(self, session_id: str) -> bytes:
         message = {"type": "user_message", "content": "Please write the function that we spoke of."}
@@ -145,10 +145,13 @@ class Load:
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         ).encode() + body
 
-    async def _announce(self, turns: list[Turn]) -> None:
-        while not all(turn.streams for turn in turns):
-            await asyncio.sleep(0.05)
-        print("streaming", flush=True)
+
+async def together(events: Iterable[asyncio.Event]) -> None:
+    """Wait for all of them, but not for ever: what is missing then is a failed turn."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE):
+            for event in events:
+                await event.wait()
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -126,7 +126,7 @@ def wait_healthy(process: "subprocess.Popen[str]", port: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):  # noqa: S310 (always http)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
         except (urllib.error.URLError, ConnectionError):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -224,10 +224,14 @@ def running(folder: Path, rate: float, tokens: int) -> Iterator[Bench]:
 
 def check_seconds(folder: Path) -> float:
     """`manage.py check`, median of five."""
-    return median(
-        timed(lambda: subprocess.run(command, cwd=ROOT, env=environment(folder), check=True, capture_output=True))
-        for command in [[sys.executable, "manage.py", "check"]] * 5
-    )
+    command = [sys.executable, "manage.py", "check"]
+
+    def check() -> float:
+        began = time.monotonic()
+        subprocess.run(command, cwd=ROOT, env=environment(folder), check=True, capture_output=True, timeout=PATIENCE)
+        return time.monotonic() - began
+
+    return median(check() for _ in range(5))
 
 
 def start_seconds(folder: Path) -> tuple[float, float]:
@@ -243,12 +247,6 @@ def start_seconds(folder: Path) -> tuple[float, float]:
             return time.monotonic() - began
 
     return start(), start()
-
-
-def timed(act: Any) -> float:
-    began = time.monotonic()
-    act()
-    return time.monotonic() - began
 
 
 # --- Report ------------------------------------------------------------------------------------------------------

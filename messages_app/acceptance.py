@@ -61,5 +61,4 @@ def user_message(message: UserMessage, caller: Caller) -> Accepted:
     )
     lifecycle.record(session, "session.message.added", turn_id=turn.pk, role="user", sent_by=caller.name)
     transaction.on_commit(feed.wake_runner)
-    # With nothing before it the answer's numbers lie above all given; behind others, theirs come first and are skipped.
-    return Accepted(session.pk, turn.pk, session.next_seq - 1)
+    return Accepted(session.pk, turn.pk, lifecycle.position(session))

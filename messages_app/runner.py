@@ -83,8 +83,10 @@ class EmbeddedRunner:
         ids = {"turn_id": str(claim.turn_id), "session_id": claim.session_id, "attempt": claim.attempt}
         with feed.writing(claim.session_id, stream):
             feed.publish(claim.session_id, frames)
+            settled = False
             try:
                 outcome = await run_turn(stream, get_model())
+                settled = True
                 logger.info("turn_ended", extra={**ids, "outcome": outcome})
             except LostClaim:
                 logger.warning("turn_lost", extra=ids)
@@ -100,9 +102,10 @@ class EmbeddedRunner:
                 await _try(give_up(stream))
         if self._streams.get(claim.turn_id) is stream:
             del self._streams[claim.turn_id]
-        # Whatever happened: what the log has counts, and the session's next turn may be ready.
-        feed.poke(claim.session_id)
-        self._wake.set()
+        if not settled:
+            # What was shown may not be what is stored: followers go by the log.
+            feed.poke(claim.session_id)
+        self._wake.set()  # the session's next turn may be ready
 
     async def _commit_deltas(self) -> None:
         streams = [stream for stream in self._streams.values() if stream.has_news]

@@ -8,7 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
-from orchestrator_site.errors import APIError, TooLarge, UnsupportedMedia, body_of
+from orchestrator_site.errors import APIError, BadRequest, TooLarge, UnsupportedMedia, body_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -37,8 +37,8 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
+        if scope["type"] == "websocket":
+            await _refuse_socket(scope, receive, send)
             return
         try:
             _check_head(scope)
@@ -55,15 +55,20 @@ class Guard:
 
 
 def _check_head(scope: MutableMapping[str, Any]) -> None:
-    size, encoding, length = 0, b"identity", b""
+    size, hosts, encoding, length = 0, 0, b"identity", b""
     for name, value in scope["headers"]:
         size += len(name) + len(value) + 4
-        if name == b"content-encoding":
+        if name == b"host":
+            hosts += 1
+        elif name == b"content-encoding":
             encoding = value.strip().lower()
         elif name == b"content-length":
             length = value
     if size > settings.MAX_HEADER_BYTES:
         raise HeadersTooLarge(f"Headers may have {settings.MAX_HEADER_BYTES} bytes.")
+    # Django would take its own address for a missing one.
+    if hosts > 1 or (hosts == 0 and scope["http_version"] != "1.0"):
+        raise BadRequest("A request has one Host header.")
     if encoding not in (b"", b"identity"):
         raise UnsupportedMedia("Compressed bodies are not read.")
     if length.isdigit() and int(length[:20]) > settings.MAX_BODY_BYTES:
@@ -106,13 +111,24 @@ def _bounded(send: Send) -> Send:
     return bounded
 
 
-async def _refuse(send: Send, error: APIError) -> None:
-    body = json.dumps(body_of(error, uuid.uuid4().hex)).encode()
+async def _refuse_socket(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """No path takes a WebSocket; asked for one, Django would fail."""
+    await receive()
+    if "websocket.http.response" in scope.get("extensions", {}):
+        await _refuse(send, BadRequest("This path takes no WebSocket."), "websocket.http.response")
+    else:  # daphne: a bare 403
+        await send({"type": "websocket.close"})
+
+
+async def _refuse(send: Send, error: APIError, answer: str = "http.response") -> None:
+    request_id = uuid.uuid4().hex
+    body = json.dumps(body_of(error, request_id)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
+        (b"x-request-id", request_id.encode()),
         # What was not read of the request must not be taken for another one.
         (b"connection", b"close"),
     ]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": f"{answer}.start", "status": error.status, "headers": headers})
+    await send({"type": f"{answer}.body", "body": body})

@@ -7,19 +7,20 @@ from collections.abc import Awaitable, Callable
 
 from asgiref.sync import markcoroutinefunction
 from django.core.exceptions import BadRequest as DjangoBadRequest
-from django.core.exceptions import DisallowedHost, SuspiciousOperation
+from django.core.exceptions import DisallowedHost, SuspiciousOperation, TooManyFieldsSent
 from django.db import DatabaseError, InterfaceError
-from django.http import Http404, HttpRequest, JsonResponse
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.http.response import HttpResponseBase
 
 from orchestrator_site import logs
-from orchestrator_site.errors import APIError, BadRequest, NotFound, Unavailable, body_of
+from orchestrator_site.errors import APIError, BadRequest, Invalid, NotFound, Unavailable, body_of
 from sessions_app.callers import caller_of
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = {"/health", "/api/v1/health", "/healthz", "/readyz", "/docs", "/schema", "/favicon.ico"}
 OPEN_PREFIXES = ("/admin/", "/static/")
+RETRY_AFTER = "5"  # seconds, where the refusal itself does not say
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -44,6 +45,9 @@ class RequestMiddleware:
         response = await self._respond(request)
         response["X-Request-ID"] = request.request_id  # type: ignore[attr-defined]
         response.setdefault("X-Content-Type-Options", "nosniff")
+        # Without it the server sends chunks. An answer without content must not have one.
+        if isinstance(response, HttpResponse) and response.status_code not in (204, 304):
+            response.setdefault("Content-Length", str(len(response.content)))
         return response
 
     async def _respond(self, request: HttpRequest) -> HttpResponseBase:
@@ -74,7 +78,9 @@ def as_api_error(exception: Exception) -> APIError:
             return NotFound("Not Found")
         case DatabaseError() | InterfaceError():
             logger.error("database_unavailable", exc_info=exception)
-            return Unavailable("The database does not answer at the moment.", Retry_After="5")
+            return Unavailable("The database does not answer at the moment.")
+        case TooManyFieldsSent():
+            return Invalid("Has too many parameters.", "query", kind="too_long")
         case DjangoBadRequest() | SuspiciousOperation():
             return BadRequest("Bad Request")
     logger.error("request_failed", exc_info=exception)
@@ -89,7 +95,10 @@ def internal_error() -> APIError:
 
 def answer(request: HttpRequest, error: APIError) -> JsonResponse:
     body = body_of(error, request.request_id)  # type: ignore[attr-defined]
-    return JsonResponse(body, status=error.status, headers=error.headers)
+    response = JsonResponse(body, status=error.status, headers=error.headers)
+    if error.status in (429, 503):
+        response.setdefault("Retry-After", RETRY_AFTER)
+    return response
 
 
 def _check_host(request: HttpRequest) -> None:

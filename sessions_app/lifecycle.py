@@ -71,6 +71,15 @@ def locked_or_created(caller: Caller, session_id: str) -> Session:
     return session
 
 
+def position(session: Session) -> int:
+    """The number past which everything said from now on will be found; the caller holds the session's lock.
+
+    While a runner holds a block of numbers, what comes may lie within it.
+    """
+    live = session.live_turn()
+    return live.settled_seq if live is not None else session.next_seq - 1
+
+
 def emit(session: Session, chunk: Chunk, *, origin: str) -> None:
     """Say something on a session's stream that closes its answer, in the transaction that holds the session's lock.
 

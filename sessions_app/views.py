@@ -18,7 +18,7 @@ from events_app.database import hop
 from events_app.frames import Frame
 from events_app.stream import ensure_room, follow, sse_response, to_wire, until_old
 from orchestrator_site.errors import BadRequest, Invalid
-from orchestrator_site.http import allow, boolean, read_json, whole_number, wire_time
+from orchestrator_site.http import allow, boolean, json_body, whole_number, wire_time
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
 from sessions_app.models import Session
@@ -58,10 +58,7 @@ def validated(serializer: type[serializers.Serializer[Any]], data: Any) -> dict[
 
 def body_or_nothing(request: Request) -> Any:
     """The JSON body; nothing at all, null and {} mean the same (protocol 2.5)."""
-    django_request = request._request
-    if not django_request.body:
-        return {}
-    value = read_json(django_request.body, django_request.headers.get("Content-Type", ""))
+    value = json_body(request) if request._request.body else None
     return {} if value is None else value
 
 
@@ -114,7 +111,7 @@ class SessionView(APIView):
         return Response(detailed(session, self.messages_of(session) if wants_messages else None))
 
     def patch(self, request: Request, session_id: str) -> Response:
-        title = validated(NewTitle, request.data)["title"]
+        title = validated(NewTitle, json_body(request))["title"]
         return Response(detailed(lifecycle.rename(request.user, session_id, title), None))
 
     def delete(self, request: Request, session_id: str) -> Response:

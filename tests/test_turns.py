@@ -326,10 +326,14 @@ def test_a_deleted_session_ends_its_turn_and_its_streams_and_is_gone(
     with (
         server.streaming({"type": "user_message", "content": "go"}, session_id) as answer,
         server.following(session_id) as stream,
+        ThreadPoolExecutor(1) as pool,
     ):
         gate.reached.wait()
+        queued = pool.submit(server.say, session_id, "and then")
+        eventually(lambda: len(server.history(session_id)) == 2)
         assert server.http.delete(f"/sessions/{session_id}").status_code == 204
         assert types(list(answer))[-2:] == ["turn_finished", "done"]
+        assert types(queued.result(30)) == ["turn_finished", "done"]
         list(stream)  # ends
     gate.open()
 

@@ -1,0 +1,84 @@
+"""How people are shown what clients and models wrote: nothing hidden, nothing alive, nothing endless.
+
+Every function here returns plain text that whoever prints it still has to escape (Django's templates and admin do),
+except `box` and `link`, which return finished elements and escape what they are given.
+"""
+
+import json
+import re
+from datetime import datetime
+from typing import Any
+
+from django.contrib.admin.utils import quote
+from django.urls import reverse
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+
+EMPTY = "–"
+LINE_CHARS = 100
+
+# What hides, reorders or forges text on a screen, but newline and tab. Written with escapes: the file itself
+# has to be readable.
+INVISIBLE = re.compile(
+    "["
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 controls
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # direction: marks, embeddings, overrides, isolates
+    "\u200b-\u200d\u2060-\u2065\ufeff"  # zero width
+    "\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\uffa0"  # soft hyphen, fillers: letters with no shape
+    "\u2028\u2029\ufff0-\ufffb\ufffe\uffff"  # separators, annotations, no characters at all
+    "\ud800-\udfff"  # halves of characters, which cannot even be sent
+    "\U000e0000-\U000e0fff"  # tags and variation selectors: whole messages for a model that no person sees
+    "]"
+)
+
+
+def visible(text: str) -> str:
+    """The text with everything that hides or reorders text written out, as in ⟨U+202E⟩."""
+    return INVISIBLE.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", str(text))
+
+
+def clipped(text: str | None, limit: int = LINE_CHARS) -> str:
+    """The beginning of a text for a list, which says how much it left out."""
+    if not text:
+        return EMPTY
+    left = len(text) - limit
+    return visible(text) if left <= 0 else f"{visible(text[:limit])}… {left:,} more characters"
+
+
+def as_json(data: Any) -> str:
+    """Indented, with letters of any script readable; to be shown like any other text of a client."""
+    return json.dumps(data, indent=2, ensure_ascii=False)
+
+
+def moment(value: datetime | None) -> str:
+    """To the second and in UTC: the admin's own format leaves the seconds out."""
+    return EMPTY if value is None else f"{value:%Y-%m-%d %H:%M:%S}"
+
+
+def duration(start: datetime | None, end: datetime | None) -> str:
+    return EMPTY if start is None or end is None else f"{(end - start).total_seconds():.1f} s"
+
+
+def box(text: str) -> SafeString:
+    """A long text as a whole, in an element that scrolls."""
+    return format_html('<pre class="said">{}</pre>', visible(text)) if text else format_html("{}", EMPTY)
+
+
+def link(view: str, pk: Any, text: str) -> SafeString:
+    """A link to a page of the admin, named as in `sessions_app_session_change`."""
+    return format_html('<a class="text-link" href="{}">{}</a>', reverse(f"admin:{view}", args=[quote(pk)]), text)
+
+
+class Shown:
+    """A record under a safe name, for the templates of the admin that print the record itself as their heading."""
+
+    def __init__(self, record: Any) -> None:
+        self._record = record
+        # The heading's link is built from `pk` as it stands, and an id with an underscore has to be quoted there.
+        self.pk = quote(record.pk)
+
+    def __str__(self) -> str:
+        return clipped(str(self._record))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._record, name)

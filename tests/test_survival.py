@@ -1,0 +1,306 @@
+"""What survives: clients that leave, streams that are resumed, processes that are killed, stopped or paused."""
+
+import os
+import random
+import signal
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.scripted_llm import Gate, ScriptedLLM, hold, say
+from tests.server import KEY, Frame, Server, eventually, running, until
+
+LONG = " ".join(f"word{number}" for number in range(60))
+
+
+@pytest.fixture
+def session_id() -> str:
+    return str(uuid.uuid4())
+
+
+def on_coder(server: Server, session_id: str) -> None:
+    server.post({"type": "switch_agent", "agent_type": "coder"}, session_id)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"type": "user_message", "content": content}
+
+
+def turn_statuses(server: Server, session_id: str) -> list[str]:
+    with sqlite3.connect(f"file:{server.database}?mode=ro", uri=True) as database:
+        query = "SELECT status FROM sessions_app_turn WHERE session_id = ? ORDER BY position"
+        return [status for (status,) in database.execute(query, [session_id])]
+
+
+def whole_stream(server: Server, session_id: str, after: int = 0) -> list[Frame]:
+    """The session's stream from a position to the end of its last turn."""
+    turns = len(turn_statuses(server, session_id))
+    finished = 0
+    frames: list[Frame] = []
+    with server.following(session_id, after) as stream:
+        for frame in stream:
+            frames.append(frame)
+            finished += frame.type == "turn_finished"
+            if finished == turns or frame.type == "turn_finished" and after:
+                return frames
+    return frames
+
+
+def raw_stream(server: Server, session_id: str, after: int, end: bytes) -> bytes:
+    """The bytes of a session's stream from a position up to `end`, comments left out."""
+    received = b""
+    headers = {"Last-Event-ID": str(after)} if after else {}
+    with server.http.stream("GET", f"/sessions/{session_id}/stream", headers=headers) as response:
+        for piece in response.iter_raw():
+            received += piece
+            if end in received.replace(b": ping\n\n", b""):
+                return received.replace(b": ping\n\n", b"")
+    raise AssertionError("the stream ended early")
+
+
+def test_a_client_that_leaves_stops_nothing(server: Server, llm: ScriptedLLM, session_id: str) -> None:
+    gate = Gate()
+    on_coder(server, session_id)
+    llm.script(hold("Half a ", "sentence.", gate=gate))
+    with server.streaming(user("go"), session_id) as answer:
+        seen = until(answer, "assistant_message")
+    gate.open()
+
+    rest = whole_stream(server, session_id, after=seen[-1].id or 0)
+
+    said = [frame.data["token"] for frame in [*seen, *rest] if "token" in frame.data]
+    assert "".join(said) == "Half a sentence."
+    assert server.history(session_id) == [("user", "go"), ("assistant", "Half a sentence.")]
+
+
+def test_a_stream_resumed_from_any_number_is_byte_identical(
+    server: Server, llm: ScriptedLLM, session_id: str
+) -> None:
+    llm.script(say(LONG), say("Short."))
+    server.say(session_id, "first")
+    server.say(session_id, "second")
+    frames = whole_stream(server, session_id)
+    end = f"id: {frames[-1].id}\n".encode()
+
+    uncut = raw_stream(server, session_id, 0, end)
+
+    for frame in frames[:-1]:
+        rest = raw_stream(server, session_id, frame.id or 0, end)
+        at = uncut.index(f"id: {frame.id}\n".encode())
+        assert uncut[at:].split(b"\n\n", 1)[1] == rest
+
+
+def test_a_live_stream_cut_at_random_bytes_and_resumed_is_byte_identical(
+    server: Server, llm: ScriptedLLM, session_id: str
+) -> None:
+    seed = random.randrange(10**6)
+    chance = random.Random(seed)
+    llm.script(say(LONG, pause=0.005))
+    with server.streaming(user("go"), session_id) as answer:
+        until(answer, "turn_started")
+
+    def lines(received: bytes) -> Iterator[bytes]:
+        for frame in received.split(b"\n\n")[:-1]:  # what is behind the last empty line is half a frame
+            if not frame.startswith(b":"):
+                yield frame
+
+    seen: list[bytes] = []
+    while not seen or b"turn_finished" not in seen[-1]:
+        position = seen[-1].split(b"\n")[0][4:].decode() if seen else "0"
+        received, cut = b"", chance.randrange(1, 2_000)
+        with server.http.stream(
+            "GET", f"/sessions/{session_id}/stream", headers={"Last-Event-ID": position}
+        ) as response:
+            for piece in response.iter_raw():
+                received = (received + piece)[:cut]
+                if len(received) == cut or b"turn_finished" in received:
+                    break
+        seen += lines(received)
+
+    uncut = raw_stream(server, session_id, 0, b'"status":"completed"')
+    assert seen == [frame for frame in uncut.split(b"\n\n") if frame][: len(seen)], f"seed {seed}"
+    assert b"turn_finished" in seen[-1]
+
+
+def test_a_position_that_never_was_is_answered_by_a_reset(server: Server, session_id: str) -> None:
+    server.say(session_id, "hello")
+
+    with server.following(session_id, after=10**9) as stream:
+        frames = until(stream, "turn_finished")
+
+    assert frames[0].type == "stream_reset"
+    assert frames[0].data["metadata"]["from"] == frames[1].id
+    assert frames[0].id == (frames[1].id or 0) - 1
+
+
+def test_kill_9_in_the_middle_of_an_answer_loses_and_doubles_nothing(
+    server: Server, llm: ScriptedLLM, session_id: str
+) -> None:
+    gate = Gate()
+    on_coder(server, session_id)
+    llm.script(hold("Half a ", "lost sentence.", gate=gate), say("A whole sentence."))
+    with server.streaming(user("go"), session_id) as answer:
+        seen = until(answer, "assistant_message")
+        gate.reached.wait()
+        server.kill()
+        with pytest.raises(httpx.TransportError):
+            list(answer)
+    gate.open()
+    server.start()
+
+    rest = whole_stream(server, session_id, after=seen[-1].id or 0)
+
+    restarted = next(frame for frame in rest if frame.type == "restarted")
+    discard_after = restarted.data["metadata"]["discard_after"]
+    valid = [frame for frame in [*seen, *rest] if (frame.id or 0) <= discard_after or frame.id > restarted.id]
+    assert "".join(frame.data["token"] for frame in valid if "token" in frame.data) == "A whole sentence."
+    numbers = [frame.id for frame in [*seen, *rest]]
+    assert numbers == sorted(set(numbers)), "no number is used twice"
+    assert server.history(session_id) == [("user", "go"), ("assistant", "A whole sentence.")]
+    assert turn_statuses(server, session_id) == ["completed"]
+
+
+def test_kill_9_at_random_moments_under_load_loses_and_doubles_nothing(server: Server, llm: ScriptedLLM) -> None:
+    seed = random.randrange(10**6)
+    chance = random.Random(seed)
+    llm.default = say(LONG, pause=0.003)
+    sessions = [f"load-{number}" for number in range(12)]
+    acknowledged: dict[str, list[str]] = {session_id: [] for session_id in sessions}
+    seen: dict[str, list[int]] = {session_id: [] for session_id in sessions}
+
+    def talk(session_id: str, text: str) -> None:
+        try:
+            with httpx.Client(base_url=server.url, headers={"X-Internal-Auth": KEY}, timeout=30) as http:
+                body = {"session_id": session_id, "message": user(text)}
+                with http.stream("POST", "/agent/message/stream", json=body) as response:
+                    if response.status_code != 200:
+                        return
+                    acknowledged[session_id].append(text)
+                    for line in response.iter_lines():
+                        if line.startswith("id: "):
+                            seen[session_id].append(int(line[4:]))
+        except httpx.TransportError:
+            return
+
+    with ThreadPoolExecutor(12) as pool:
+        for kill in range(3):
+            talks = [pool.submit(talk, session_id, f"message {kill}") for session_id in sessions]
+            enough = chance.randrange(1, 12 * 60)
+            eventually(lambda count=enough: sum(map(len, seen.values())) >= count or all(t.done() for t in talks))
+            server.kill()
+            for each in talks:
+                each.result(30)
+            server.start()
+    for session_id in sessions:
+        eventually(
+            lambda s=session_id: set(turn_statuses(server, s)) <= {"completed"}, seconds=30
+        )
+
+    for session_id in sessions:
+        history = server.history(session_id)
+        asked = [text for role, text in history if role == "user"]
+        assert set(acknowledged[session_id]) <= set(asked), f"seed {seed}"
+        assert len(asked) == len(set(asked)), f"seed {seed}"
+        assert history == [pair for text in asked for pair in (("user", text), ("assistant", LONG))], f"seed {seed}"
+        if asked:
+            numbers = [frame.id for frame in whole_stream(server, session_id)]
+            assert numbers == sorted(set(numbers)), f"seed {seed}"
+    assert llm.refused == [], f"seed {seed}"
+
+
+def test_a_stop_hands_the_turn_over_and_the_next_start_goes_on_at_once(
+    tmp_path: Path, migrated: Path, llm: ScriptedLLM, session_id: str
+) -> None:
+    gate = Gate()
+    llm.script(hold("Half a ", "lost sentence.", gate=gate), say("A whole sentence."))
+    # A lease that nobody waits for.
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_LEASE_SECONDS="600") as server:
+        on_coder(server, session_id)
+        with server.streaming(user("go"), session_id) as answer:
+            until(answer, "assistant_message")
+        assert server.stop() in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it has obeyed
+        gate.open()
+        server.start()
+
+        eventually(lambda: turn_statuses(server, session_id) == ["completed"])
+
+        assert server.history(session_id) == [("user", "go"), ("assistant", "A whole sentence.")]
+
+
+def test_a_paused_runner_that_wakes_up_after_its_lease_writes_nothing(
+    tmp_path: Path, migrated: Path, llm: ScriptedLLM, session_id: str
+) -> None:
+    gate = Gate()
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url) as paused:
+        on_coder(paused, session_id)
+        llm.script(hold("From the ", "sleeper.", gate=gate), say("From the other one."))
+        with paused.streaming(user("go"), session_id) as answer:
+            seen = until(answer, "assistant_message")
+            gate.reached.wait()
+            assert paused.process is not None
+            os.kill(paused.process.pid, signal.SIGSTOP)
+            other = Server(tmp_path, LLM_BASE_URL=llm.url)
+            other.start()
+            try:
+                eventually(lambda: turn_statuses(other, session_id) == ["completed"])
+                gate.open()
+                os.kill(paused.process.pid, signal.SIGCONT)
+                rest = list(answer)
+                assert other.history(session_id) == [("user", "go"), ("assistant", "From the other one.")]
+                frames = whole_stream(other, session_id)
+            finally:
+                other.http.close()
+                other.kill()
+
+    numbers = [frame.id for frame in [*seen, *rest] if frame.id is not None]
+    assert numbers == sorted(set(numbers))
+    assert [frame.data["content"] for frame in rest if "content" in frame.data] == ["From the other one."]
+    assert [frame.data["status"] for frame in frames if frame.type == "turn_finished"] == ["completed"]
+
+
+def test_a_turn_cancelled_and_killed_before_its_runner_noticed_ends_cancelled(
+    server: Server, llm: ScriptedLLM, session_id: str
+) -> None:
+    gate = Gate()
+    on_coder(server, session_id)
+    llm.script(hold("", "never heard", gate=gate))
+    with server.streaming(user("go"), session_id) as answer:
+        until(answer, "turn_started")
+        gate.reached.wait()
+        server.kill()
+        with pytest.raises(httpx.TransportError):
+            list(answer)
+    with sqlite3.connect(server.database) as database:
+        database.execute("UPDATE sessions_app_turn SET cancel_requested_at = '2026-01-01 00:00:00'")
+    gate.open()
+    server.start()
+
+    eventually(lambda: turn_statuses(server, session_id) == ["cancelled"])
+
+    assert server.history(session_id) == [("user", "go")]
+
+
+def test_an_early_done_of_the_gateway_is_no_abort(server: Server, llm: ScriptedLLM, session_id: str) -> None:
+    llm.script(say("All of it."))
+    with server.http.stream(
+        "POST", "/agent/message/stream", json={"session_id": session_id, "message": user("go")}
+    ) as response:
+        for line in response.iter_lines():
+            if line == "event: done":
+                break  # the gateway closes the connection here, with the frame half read
+
+    assert server.history(session_id)[-1] == ("assistant", "All of it.")
+
+
+def test_daphne_runs_turns_too(tmp_path: Path, migrated: Path, llm: ScriptedLLM, session_id: str) -> None:
+    llm.script(say("Served by daphne."))
+    with running(tmp_path, migrated, server="daphne", LLM_BASE_URL=llm.url) as server:
+        frames = server.say(session_id, "go")
+
+        assert [frame.type for frame in frames if frame.event == "message"] == ["agent_switched", "assistant_message"]
+        assert server.history(session_id)[-1] == ("assistant", "Served by daphne.")

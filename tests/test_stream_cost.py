@@ -116,9 +116,7 @@ def test_open_streams_hold_no_threads_and_no_database_connections(
             # The database threads of the process start when they are needed; they are few, whatever the streams.
             return steady(
                 lambda: held(server),
-                lambda now: (
-                    now.threads <= before.threads + THREADS and now.connections <= before.connections + THREADS
-                ),
+                lambda now: now.threads <= before.threads + THREADS and now.connections <= before.connections + THREADS,
             )
 
         with many_streams(server, ["busy", *["quiet"] * (STREAMS - 1)]) as streams:

@@ -78,9 +78,7 @@ def test_a_client_that_leaves_stops_nothing(server: Server, llm: ScriptedLLM, se
     assert server.history(session_id) == [("user", "go"), ("assistant", "Half a sentence.")]
 
 
-def test_a_stream_resumed_from_any_number_is_byte_identical(
-    server: Server, llm: ScriptedLLM, session_id: str
-) -> None:
+def test_a_stream_resumed_from_any_number_is_byte_identical(server: Server, llm: ScriptedLLM, session_id: str) -> None:
     llm.script(say(LONG), say("Short."))
     server.say(session_id, "first")
     server.say(session_id, "second")
@@ -191,15 +189,17 @@ def test_kill_9_at_random_moments_under_load_loses_and_doubles_nothing(server: S
         for kill in range(3):
             talks = [pool.submit(talk, session_id, f"message {kill}") for session_id in sessions]
             enough = chance.randrange(1, 12 * 60)
-            eventually(lambda count=enough: sum(map(len, seen.values())) >= count or all(t.done() for t in talks))
+            eventually(
+                lambda count=enough, all_of=talks: (
+                    sum(map(len, seen.values())) >= count or all(t.done() for t in all_of)
+                )
+            )
             server.kill()
             for each in talks:
                 each.result(30)
             server.start()
     for session_id in sessions:
-        eventually(
-            lambda s=session_id: set(turn_statuses(server, s)) <= {"completed"}, seconds=30
-        )
+        eventually(lambda s=session_id: set(turn_statuses(server, s)) <= {"completed"}, seconds=30)
 
     for session_id in sessions:
         history = server.history(session_id)

@@ -6,28 +6,45 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
     dependencies = [
-        ('sessions_app', '0001_initial'),
+        ("sessions_app", "0001_initial"),
     ]
 
     operations = [
         migrations.CreateModel(
-            name='Message',
+            name="Message",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('turn_position', models.PositiveIntegerField()),
-                ('role', models.CharField(choices=[('user', 'User'), ('assistant', 'Assistant'), ('tool', 'Tool')], max_length=16)),
-                ('content', models.TextField()),
-                ('agent', models.CharField(blank=True, help_text="Who said it, for an assistant's message.", max_length=32)),
-                ('created_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
-                ('session', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='messages', to='sessions_app.session')),
-                ('turn', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='messages', to='sessions_app.turn')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("turn_position", models.PositiveIntegerField()),
+                (
+                    "role",
+                    models.CharField(
+                        choices=[("user", "User"), ("assistant", "Assistant"), ("tool", "Tool")], max_length=16
+                    ),
+                ),
+                ("content", models.TextField()),
+                (
+                    "agent",
+                    models.CharField(blank=True, help_text="Who said it, for an assistant's message.", max_length=32),
+                ),
+                ("created_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                (
+                    "session",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="messages", to="sessions_app.session"
+                    ),
+                ),
+                (
+                    "turn",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="messages", to="sessions_app.turn"
+                    ),
+                ),
             ],
             options={
-                'indexes': [models.Index(fields=['session', 'turn_position', 'id'], name='message_in_order')],
+                "indexes": [models.Index(fields=["session", "turn_position", "id"], name="message_in_order")],
             },
         ),
     ]

@@ -8,102 +8,177 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
-    dependencies = [
-    ]
+    dependencies = []
 
     operations = [
         migrations.CreateModel(
-            name='Account',
+            name="Account",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('name', models.CharField(max_length=100, unique=True)),
-                ('created_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("name", models.CharField(max_length=100, unique=True)),
+                ("created_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
             ],
         ),
         migrations.CreateModel(
-            name='Session',
+            name="Session",
             fields=[
-                ('id', models.CharField(default=sessions_app.models.new_id, max_length=128, primary_key=True, serialize=False)),
-                ('title', models.CharField(max_length=500, null=True)),
-                ('current_agent', models.CharField(default='orchestrator', max_length=32)),
-                ('switch_count', models.PositiveIntegerField(default=0)),
-                ('message_count', models.PositiveIntegerField(default=0)),
-                ('turn_count', models.PositiveIntegerField(default=0)),
-                ('is_active', models.BooleanField(default=True)),
-                ('next_seq', models.BigIntegerField(default=1, help_text='The next number of its stream that nobody has reserved.')),
-                ('pruned_seq', models.BigIntegerField(default=0, help_text='The last number of its stream that was pruned.')),
-                ('last_activity', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
-                ('created_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
-                ('deleted_at', models.DateTimeField(null=True)),
-                ('account', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='sessions', to='sessions_app.account')),
+                (
+                    "id",
+                    models.CharField(
+                        default=sessions_app.models.new_id, max_length=128, primary_key=True, serialize=False
+                    ),
+                ),
+                ("title", models.CharField(max_length=500, null=True)),
+                ("current_agent", models.CharField(default="orchestrator", max_length=32)),
+                ("switch_count", models.PositiveIntegerField(default=0)),
+                ("message_count", models.PositiveIntegerField(default=0)),
+                ("turn_count", models.PositiveIntegerField(default=0)),
+                ("is_active", models.BooleanField(default=True)),
+                (
+                    "next_seq",
+                    models.BigIntegerField(
+                        default=1, help_text="The next number of its stream that nobody has reserved."
+                    ),
+                ),
+                (
+                    "pruned_seq",
+                    models.BigIntegerField(default=0, help_text="The last number of its stream that was pruned."),
+                ),
+                ("last_activity", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                ("created_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                ("deleted_at", models.DateTimeField(null=True)),
+                (
+                    "account",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="sessions", to="sessions_app.account"
+                    ),
+                ),
             ],
             options={
-                'ordering': ['-last_activity', 'id'],
+                "ordering": ["-last_activity", "id"],
             },
         ),
         migrations.CreateModel(
-            name='Turn',
+            name="Turn",
             fields=[
-                ('id', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('position', models.PositiveIntegerField(help_text="Its place among the session's turns, in order of acceptance.")),
-                ('status', models.CharField(choices=[('queued', 'Queued'), ('running', 'Running'), ('waiting', 'Waiting'), ('completed', 'Completed'), ('failed', 'Failed'), ('cancelled', 'Cancelled')], default='queued', max_length=16)),
-                ('code', models.CharField(blank=True, help_text='Why it failed or was cancelled, in one stable word.', max_length=64)),
-                ('requested_agent', models.CharField(blank=True, help_text='Asked for by the message, not yet obeyed.', max_length=32)),
-                ('owner', models.CharField(blank=True, help_text='The runner that holds it.', max_length=64)),
-                ('attempt', models.PositiveIntegerField(default=0, help_text='How often it was claimed; part of the fence.')),
-                ('lease_until', models.DateTimeField(null=True)),
-                ('settled_seq', models.BigIntegerField(default=0, help_text='Text after this number is void if the runner dies.')),
-                ('handoff_count', models.PositiveIntegerField(default=0)),
-                ('cancel_requested_at', models.DateTimeField(null=True)),
-                ('prompt_tokens', models.PositiveIntegerField(default=0)),
-                ('completion_tokens', models.PositiveIntegerField(default=0)),
-                ('total_tokens', models.PositiveIntegerField(default=0)),
-                ('created_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
-                ('started_at', models.DateTimeField(null=True)),
-                ('finished_at', models.DateTimeField(null=True)),
-                ('session', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='turns', to='sessions_app.session')),
+                ("id", models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                (
+                    "position",
+                    models.PositiveIntegerField(
+                        help_text="Its place among the session's turns, in order of acceptance."
+                    ),
+                ),
+                (
+                    "status",
+                    models.CharField(
+                        choices=[
+                            ("queued", "Queued"),
+                            ("running", "Running"),
+                            ("waiting", "Waiting"),
+                            ("completed", "Completed"),
+                            ("failed", "Failed"),
+                            ("cancelled", "Cancelled"),
+                        ],
+                        default="queued",
+                        max_length=16,
+                    ),
+                ),
+                (
+                    "code",
+                    models.CharField(
+                        blank=True, help_text="Why it failed or was cancelled, in one stable word.", max_length=64
+                    ),
+                ),
+                (
+                    "requested_agent",
+                    models.CharField(blank=True, help_text="Asked for by the message, not yet obeyed.", max_length=32),
+                ),
+                ("owner", models.CharField(blank=True, help_text="The runner that holds it.", max_length=64)),
+                (
+                    "attempt",
+                    models.PositiveIntegerField(default=0, help_text="How often it was claimed; part of the fence."),
+                ),
+                ("lease_until", models.DateTimeField(null=True)),
+                (
+                    "settled_seq",
+                    models.BigIntegerField(default=0, help_text="Text after this number is void if the runner dies."),
+                ),
+                ("handoff_count", models.PositiveIntegerField(default=0)),
+                ("cancel_requested_at", models.DateTimeField(null=True)),
+                ("prompt_tokens", models.PositiveIntegerField(default=0)),
+                ("completion_tokens", models.PositiveIntegerField(default=0)),
+                ("total_tokens", models.PositiveIntegerField(default=0)),
+                ("created_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                ("started_at", models.DateTimeField(null=True)),
+                ("finished_at", models.DateTimeField(null=True)),
+                (
+                    "session",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="turns", to="sessions_app.session"
+                    ),
+                ),
             ],
             options={
-                'ordering': ['session', 'position'],
+                "ordering": ["session", "position"],
             },
         ),
         migrations.CreateModel(
-            name='Handoff',
+            name="Handoff",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('from_agent', models.CharField(max_length=32)),
-                ('to_agent', models.CharField(max_length=32)),
-                ('reason', models.TextField()),
-                ('confidence', models.CharField(max_length=32, null=True)),
-                ('created_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
-                ('session', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='handoffs', to='sessions_app.session')),
-                ('turn', models.ForeignKey(null=True, on_delete=django.db.models.deletion.PROTECT, related_name='handoffs', to='sessions_app.turn')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("from_agent", models.CharField(max_length=32)),
+                ("to_agent", models.CharField(max_length=32)),
+                ("reason", models.TextField()),
+                ("confidence", models.CharField(max_length=32, null=True)),
+                ("created_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                (
+                    "session",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, related_name="handoffs", to="sessions_app.session"
+                    ),
+                ),
+                (
+                    "turn",
+                    models.ForeignKey(
+                        null=True,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="handoffs",
+                        to="sessions_app.turn",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['id'],
+                "ordering": ["id"],
             },
         ),
         migrations.AddIndex(
-            model_name='session',
-            index=models.Index(fields=['account', '-last_activity', 'id'], name='session_by_activity'),
+            model_name="session",
+            index=models.Index(fields=["account", "-last_activity", "id"], name="session_by_activity"),
         ),
         migrations.AddIndex(
-            model_name='turn',
-            index=models.Index(condition=models.Q(('status__in', ['queued', 'running'])), fields=['created_at'], name='turn_to_be_claimed'),
+            model_name="turn",
+            index=models.Index(
+                condition=models.Q(("status__in", ["queued", "running"])),
+                fields=["created_at"],
+                name="turn_to_be_claimed",
+            ),
         ),
         migrations.AddIndex(
-            model_name='turn',
-            index=models.Index(condition=models.Q(('status', 'running')), fields=['owner'], name='turn_by_owner'),
+            model_name="turn",
+            index=models.Index(condition=models.Q(("status", "running")), fields=["owner"], name="turn_by_owner"),
         ),
         migrations.AddConstraint(
-            model_name='turn',
-            constraint=models.UniqueConstraint(fields=('session', 'position'), name='one_turn_per_position'),
+            model_name="turn",
+            constraint=models.UniqueConstraint(fields=("session", "position"), name="one_turn_per_position"),
         ),
         migrations.AddConstraint(
-            model_name='turn',
-            constraint=models.UniqueConstraint(condition=models.Q(('status__in', ['running', 'waiting'])), fields=('session',), name='one_active_turn_per_session'),
+            model_name="turn",
+            constraint=models.UniqueConstraint(
+                condition=models.Q(("status__in", ["running", "waiting"])),
+                fields=("session",),
+                name="one_active_turn_per_session",
+            ),
         ),
     ]

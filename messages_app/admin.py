@@ -1,0 +1,147 @@
+"""Browsing messages, and the transcript: a session as one reads it, turn by turn."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.contrib import admin
+from django.core.exceptions import PermissionDenied
+from django.core.paginator import Page, Paginator
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
+from django.shortcuts import get_object_or_404
+from django.template.response import TemplateResponse
+from django.urls import URLPattern, path
+from django.views.decorators.http import require_safe
+from unfold.decorators import display
+
+from events_app.admin import BrowseOnlyAdmin, session_link
+from events_app.display import EMPTY, Shown, box, clipped, duration, link, moment, visible
+from messages_app.models import Message
+from sessions_app.admin import STATUS_COLOURS
+from sessions_app.models import Handoff, Session, Turn
+
+TURNS_PER_PAGE = 50
+# A turn's handoffs are bounded, switches between turns are not.
+SWITCHES_PER_PAGE = 100
+
+
+@dataclass(slots=True)
+class Entry:
+    """One turn of a transcript with all that was said in it, or a switch that no turn made."""
+
+    turn: Turn | None = None
+    said: list[Message | Handoff] = field(default_factory=list)
+
+    @property
+    def colour(self) -> str:
+        return STATUS_COLOURS[Turn.Status(self.turn.status)] if self.turn else ""
+
+    @property
+    def duration(self) -> str:
+        return duration(self.turn.started_at, self.turn.finished_at) if self.turn else ""
+
+
+@admin.register(Message)
+class MessageAdmin(BrowseOnlyAdmin):
+    list_display = ("at", "speaker", "begins", "in_session", "turn_position")
+    list_display_links = ("at", "begins")
+    list_filter = ("role", "created_at")
+    search_fields = ("=session__id", "=agent", "content")
+    search_help_text = "Id of a session, an agent, or words of a message"
+    ordering = ("-id",)
+    fieldsets = (
+        (None, {"fields": (("speaker", "at"), ("in_session", "in_turn"))}),
+        ("Content", {"fields": ("length", "whole")}),
+    )
+
+    @display(description="Time (UTC)", ordering="id")
+    def at(self, message: Message) -> str:
+        return moment(message.created_at)
+
+    @display(description="Said by", ordering="role")
+    def speaker(self, message: Message) -> str:
+        return f"{message.role} ({visible(message.agent)})" if message.agent else message.role
+
+    @display(description="Content")
+    def begins(self, message: Message) -> str:
+        return clipped(message.content)
+
+    @display(description="Content")
+    def whole(self, message: Message) -> str:
+        return box(message.content)
+
+    @display(description="Length")
+    def length(self, message: Message) -> str:
+        return f"{len(message.content):,} characters"
+
+    @display(description="Session")
+    def in_session(self, message: Message) -> str:
+        return session_link(message.session_id)
+
+    @display(description="Turn")
+    def in_turn(self, message: Message) -> str:
+        return link("sessions_app_turn_change", message.turn_id, f"turn {message.turn_position}")
+
+    def get_urls(self) -> list[URLPattern]:
+        view = self.admin_site.admin_view(require_safe(self.transcript_view))
+        # First: Django's own patterns take any path for a message's id.
+        return [
+            path("transcript/<str:session_id>/", view, name="messages_app_message_transcript"),
+            *super().get_urls(),
+        ]
+
+    def transcript_view(self, request: HttpRequest, session_id: str) -> HttpResponseBase:
+        """A session's turns, TURNS_PER_PAGE to a page; deleted sessions too."""
+        if not (self.has_view_permission(request) and request.user.has_perm("sessions_app.view_session")):
+            raise PermissionDenied
+        session = get_object_or_404(Session.objects.select_related("account"), pk=session_id)
+        pages = Paginator(session.turns.order_by("position"), TURNS_PER_PAGE)
+        page = pages.get_page(request.GET.get("p"))
+        switches, switches_left = _switches_beside(session, page)
+        context = {
+            **self.admin_site.each_context(request),
+            "title": "Transcript",
+            "subtitle": clipped(str(session)),
+            "opts": Session._meta,
+            "original": Shown(session),
+            "media": self.media,
+            "session": session,
+            "page": page,
+            "page_numbers": list(pages.get_elided_page_range(page.number)),
+            "entries": list(_entries(page.object_list, switches)),
+            "switches_left": switches_left,
+        }
+        return TemplateResponse(request, "messages_app/transcript.html", context)
+
+
+def _switches_beside(session: Session, page: Page[Turn]) -> tuple[list[Handoff], int]:
+    """The handoffs that no turn made in the time of the page's turns, and how many more there are than are shown."""
+    turns = list(page.object_list)
+    found = session.handoffs.filter(turn__isnull=True).order_by("id")
+    if page.has_previous():
+        found = found.filter(created_at__gte=turns[0].created_at)
+    if page.has_next():
+        found = found.filter(created_at__lt=session.turns.get(position=turns[-1].position + 1).created_at)
+    shown = list(found[: SWITCHES_PER_PAGE + 1])
+    left = found.count() - SWITCHES_PER_PAGE if len(shown) > SWITCHES_PER_PAGE else 0
+    return shown[:SWITCHES_PER_PAGE], left
+
+
+def _entries(turns: Any, switches: list[Handoff]) -> Iterator[Entry]:
+    """Turns in order with what was said in each, and between them the switches of the time before."""
+    said: dict[Any, list[Message | Handoff]] = {turn.pk: [] for turn in turns}
+    for message in Message.objects.filter(turn__in=list(said)).order_by("id"):
+        said[message.turn_id].append(message)
+    for handoff in Handoff.objects.filter(turn__in=list(said)).order_by("id"):
+        said[handoff.turn_id].append(handoff)
+    waiting = list(switches)
+    for turn in turns:
+        while waiting and waiting[0].created_at < turn.created_at:
+            yield Entry(said=[waiting.pop(0)])
+        # The message that starts a turn is stored with it; a handoff and an answer may carry the same moment.
+        order = {Message.Role.USER: 0, None: 1}
+        said[turn.pk].sort(key=lambda thing: (thing.created_at, order.get(getattr(thing, "role", None), 2)))
+        yield Entry(turn, said[turn.pk])
+    for switch in waiting:
+        yield Entry(said=[switch])

@@ -1,0 +1,299 @@
+"""Browsing sessions with their turns and handoffs, and the accounts they belong to; the people who may log in."""
+
+from typing import Any
+
+from django.contrib import admin
+from django.contrib.admin.utils import unquote
+from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
+from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
+from django.contrib.auth.models import Group, User
+from django.db.models import Model, QuerySet
+from django.http import HttpRequest, HttpResponseRedirect
+from django.shortcuts import redirect
+from django.urls import reverse
+from django.utils.http import urlencode
+from unfold.admin import ModelAdmin, TabularInline
+from unfold.decorators import action, display
+from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+
+from events_app.admin import BrowseOnlyAdmin, session_link
+from events_app.display import EMPTY, box, clipped, duration, link, moment, visible
+from sessions_app.models import Account, Handoff, Session, Turn
+
+STATUS_COLOURS = {
+    Turn.Status.QUEUED: "info",
+    Turn.Status.RUNNING: "primary",
+    Turn.Status.WAITING: "warning",
+    Turn.Status.COMPLETED: "success",
+    Turn.Status.FAILED: "danger",
+    Turn.Status.CANCELLED: "default",
+}
+
+
+class TurnColumns:
+    """What a turn shows, on its own page, in the list of turns and on its session's page."""
+
+    @display(description="Status", ordering="status", label=STATUS_COLOURS)
+    def state(self, turn: Turn) -> str:
+        return turn.status
+
+    @display(description="Turn", ordering="position")
+    def number(self, turn: Turn) -> str:
+        return link("sessions_app_turn_change", turn.pk, str(turn.position))
+
+    @display(description="Code", ordering="code")
+    def code_shown(self, turn: Turn) -> str:
+        return visible(turn.code) or EMPTY
+
+    @display(description="Requested agent")
+    def requested(self, turn: Turn) -> str:
+        return visible(turn.requested_agent) or EMPTY
+
+    @display(description="Handoffs", ordering="handoff_count")
+    def handoff_number(self, turn: Turn) -> int:
+        return turn.handoff_count
+
+    @display(description="Tokens", ordering="total_tokens")
+    def tokens(self, turn: Turn) -> str:
+        return f"{turn.total_tokens:,}"
+
+    @display(description="Accepted (UTC)", ordering="created_at")
+    def accepted(self, turn: Turn) -> str:
+        return moment(turn.created_at)
+
+    @display(description="Started (UTC)", ordering="started_at")
+    def started(self, turn: Turn) -> str:
+        return moment(turn.started_at)
+
+    @display(description="Finished (UTC)", ordering="finished_at")
+    def finished(self, turn: Turn) -> str:
+        return moment(turn.finished_at)
+
+    @display(description="Duration")
+    def took(self, turn: Turn) -> str:
+        return duration(turn.started_at, turn.finished_at)
+
+    @display(description="Session")
+    def in_session(self, turn: Turn) -> str:
+        return session_link(turn.session_id)
+
+
+class TurnsOfSession(TurnColumns, TabularInline):
+    model = Turn
+    fields = readonly_fields = (
+        "number",
+        "state",
+        "code_shown",
+        "handoff_number",
+        "tokens",
+        "accepted",
+        "started",
+        "finished",
+        "took",
+    )
+    ordering = ("-position",)
+    per_page = 25
+    extra = 0
+    can_delete = False
+    hide_title = True
+
+    def has_add_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return False
+
+
+class DeletedFilter(admin.SimpleListFilter):
+    title = "deletion"
+    parameter_name = "deleted"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("no", "Kept"), ("yes", "Deleted by its client")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        return queryset.filter(deleted_at__isnull=self.value() == "no") if self.value() else queryset
+
+
+@admin.register(Session)
+class SessionAdmin(BrowseOnlyAdmin):
+    """Deleted sessions stay in sight here: they are what happened."""
+
+    list_display = ("heading", "identity", "agent", "message_count", "turn_count", "last_active", "owner", "state")
+    list_display_links = ("heading", "identity")
+    list_filter = (DeletedFilter, "last_activity", "created_at")
+    list_select_related = ("account",)
+    search_fields = ("^id", "title", "=current_agent", "=account__name")
+    search_help_text = "Beginning of an id, words of a title, an agent or an account"
+    fieldsets = (
+        (None, {"fields": ("title_shown", ("identity_whole", "owner"), ("agent", "state"))}),
+        ("Figures", {"fields": (("message_count", "turn_count", "switch_count"),)}),
+        ("Times (UTC)", {"fields": (("created", "last_active", "deleted"),)}),
+        ("Stream", {"fields": (("next_seq", "pruned_seq"),), "classes": ["collapse"]}),
+    )
+    inlines = (TurnsOfSession,)
+    actions_detail = ("transcript", "events")
+
+    @display(description="Title", ordering="title")
+    def heading(self, session: Session) -> str:
+        return clipped(session.title, 60)
+
+    @display(description="Title")
+    def title_shown(self, session: Session) -> str:
+        return visible(session.title or "") or EMPTY
+
+    @display(description="Id", ordering="id")
+    def identity(self, session: Session) -> str:
+        return clipped(session.pk, 40)
+
+    @display(description="Id")
+    def identity_whole(self, session: Session) -> str:
+        return visible(session.pk)
+
+    @display(description="Agent", ordering="current_agent")
+    def agent(self, session: Session) -> str:
+        return visible(session.current_agent)
+
+    @display(description="Account", ordering="account__name")
+    def owner(self, session: Session) -> str:
+        return clipped(session.account.name)
+
+    @display(description="Created", ordering="created_at")
+    def created(self, session: Session) -> str:
+        return moment(session.created_at)
+
+    @display(description="Last activity (UTC)", ordering="last_activity")
+    def last_active(self, session: Session) -> str:
+        return moment(session.last_activity)
+
+    @display(description="Deleted")
+    def deleted(self, session: Session) -> str:
+        return moment(session.deleted_at)
+
+    @display(description="State", ordering="deleted_at", label={"deleted": "danger", "open": "success"})
+    def state(self, session: Session) -> str:
+        if session.deleted_at is not None:
+            return "deleted"
+        return "open" if session.is_active else "closed"
+
+    # Both only lead elsewhere, so the plain GET that unfold makes of an action without a dialog does no harm. Whether
+    # somebody may is asked by methods: unfold looks up permissions given by name while no table may exist yet.
+
+    @action(description="Transcript", icon="forum", permissions=["read_messages"])
+    def transcript(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
+        return redirect("admin:messages_app_message_transcript", session_id=unquote(object_id))
+
+    @action(description="Events", icon="history", permissions=["read_events"])
+    def events(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
+        chosen = urlencode({"session_id__exact": unquote(object_id)})
+        return redirect(f"{reverse('admin:events_app_event_changelist')}?{chosen}")
+
+    def has_read_messages_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return request.user.has_perm("messages_app.view_message") and self.has_view_permission(request)
+
+    def has_read_events_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return request.user.has_perm("events_app.view_event")
+
+
+@admin.register(Turn)
+class TurnAdmin(TurnColumns, BrowseOnlyAdmin):
+    list_display = ("accepted", "in_session", "position", "state", "code_shown", "handoff_number", "tokens", "took")
+    list_display_links = ("accepted", "position")
+    list_filter = ("status", "created_at")
+    search_fields = ("=id", "=session__id", "=code")
+    search_help_text = "Id of a turn or a session, or an error code"
+    ordering = ("-created_at", "-position")
+    fieldsets = (
+        (None, {"fields": (("in_session", "position"), ("state", "code_shown"), ("requested", "handoff_number"))}),
+        ("Times (UTC)", {"fields": (("accepted", "started", "finished", "took"), "cancel_requested")}),
+        ("Tokens", {"fields": (("prompt_tokens", "completion_tokens", "total_tokens"),)}),
+        ("Runner", {"fields": (("runner", "attempt"), ("lease", "settled_seq"))}),
+    )
+
+    @display(description="Cancellation requested")
+    def cancel_requested(self, turn: Turn) -> str:
+        return moment(turn.cancel_requested_at)
+
+    @display(description="Held by")
+    def runner(self, turn: Turn) -> str:
+        return visible(turn.owner) or EMPTY
+
+    @display(description="Lease until (UTC)")
+    def lease(self, turn: Turn) -> str:
+        return moment(turn.lease_until)
+
+
+@admin.register(Handoff)
+class HandoffAdmin(BrowseOnlyAdmin):
+    list_display = ("at", "in_session", "passed", "reason_begins", "confidence_shown")
+    list_filter = ("created_at",)
+    search_fields = ("=session__id", "=from_agent", "=to_agent", "reason")
+    search_help_text = "Id of a session, an agent, or words of a reason"
+    ordering = ("-id",)
+    fieldsets = (
+        (None, {"fields": (("passed", "confidence_shown"), ("in_session", "in_turn"), "at")}),
+        ("Reason", {"fields": ("reason_whole",)}),
+    )
+
+    @display(description="Time (UTC)", ordering="id")
+    def at(self, handoff: Handoff) -> str:
+        return moment(handoff.created_at)
+
+    @display(description="Session")
+    def in_session(self, handoff: Handoff) -> str:
+        return session_link(handoff.session_id)
+
+    @display(description="Turn")
+    def in_turn(self, handoff: Handoff) -> str:
+        return EMPTY if handoff.turn is None else link("sessions_app_turn_change", handoff.turn_id, str(handoff.turn))
+
+    @display(description="Handoff")
+    def passed(self, handoff: Handoff) -> str:
+        return f"{visible(handoff.from_agent)} → {visible(handoff.to_agent)}"
+
+    @display(description="Reason")
+    def reason_begins(self, handoff: Handoff) -> str:
+        return clipped(handoff.reason)
+
+    @display(description="Reason")
+    def reason_whole(self, handoff: Handoff) -> str:
+        return box(handoff.reason)
+
+    @display(description="Confidence", ordering="confidence")
+    def confidence_shown(self, handoff: Handoff) -> str:
+        return visible(handoff.confidence or "") or EMPTY
+
+
+@admin.register(Account)
+class AccountAdmin(BrowseOnlyAdmin):
+    list_display = ("name_shown", "created")
+    search_fields = ("name",)
+    ordering = ("name",)
+    fieldsets = ((None, {"fields": ("name_shown", "created")}),)
+
+    @display(description="Name", ordering="name")
+    def name_shown(self, account: Account) -> str:
+        return visible(account.name)
+
+    @display(description="Created (UTC)", ordering="created_at")
+    def created(self, account: Account) -> str:
+        return moment(account.created_at)
+
+
+# Django registered the people who log in with its own admin; unfold's pages need unfold's forms.
+admin.site.unregister([User, Group])
+
+
+@admin.register(User)
+class UserAdmin(DjangoUserAdmin, ModelAdmin):
+    form = UserChangeForm
+    add_form = UserCreationForm
+    change_password_form = AdminPasswordChangeForm
+
+
+@admin.register(Group)
+class GroupAdmin(DjangoGroupAdmin, ModelAdmin):
+    pass

@@ -1,0 +1,210 @@
+"""Claims, leases and fences: of two runners only one can write."""
+
+import pytest
+from django.db import IntegrityError, transaction
+from django.db.models.functions import Now
+
+from events_app import log
+from events_app.chunks import AgentSwitched
+from events_app.frames import Frame
+from events_app.models import StreamBatch
+from messages_app import claims
+from messages_app.turn_stream import BLOCK, TurnStream
+from sessions_app import lifecycle
+from sessions_app.models import CancelRequested, LostClaim, Session, Turn
+from tests.factories import CALLER, claim, let_lease_run_out, make_session, make_turn
+
+pytestmark = pytest.mark.django_db
+
+
+def test_a_turn_is_claimed_once() -> None:
+    turn = make_turn(make_session())
+
+    first, second = claims.claim_turns("one", 10), claims.claim_turns("two", 10)
+
+    assert [each.turn_id for each, _ in first] == [turn.pk]
+    assert second == []
+
+
+def test_of_two_runners_that_saw_the_same_turn_one_gets_it() -> None:
+    turn = make_turn(make_session())
+    seen_by_two = Turn.objects.get(pk=turn.pk)
+
+    assert turn.claim("one") is True
+    assert seen_by_two.claim("two") is False
+
+
+def test_only_the_oldest_unfinished_turn_of_a_session_may_run() -> None:
+    session = make_session()
+    first, second = make_turn(session), make_turn(session)
+
+    assert [each.turn_id for each, _ in claims.claim_turns("one", 10)] == [first.pk]
+    assert claims.claim_turns("one", 10) == []
+    Turn.objects.filter(pk=first.pk).update(status=Turn.Status.WAITING)
+    assert claims.claim_turns("one", 10) == []
+    Turn.objects.filter(pk=first.pk).update(status=Turn.Status.COMPLETED)
+    assert [each.turn_id for each, _ in claims.claim_turns("one", 10)] == [second.pk]
+
+
+def test_the_database_refuses_two_active_turns_in_one_session() -> None:
+    session = make_session()
+    make_turn(session)
+    make_turn(session)
+
+    with pytest.raises(IntegrityError), transaction.atomic():
+        session.turns.update(status=Turn.Status.RUNNING)
+
+
+def test_a_turn_whose_lease_ran_out_is_taken_over_with_numbers_above_all_that_were_given() -> None:
+    turn = make_turn(make_session())
+    lost = claim(turn, "one")
+    let_lease_run_out(turn)
+
+    (taken, frames), *_ = claims.claim_turns("two", 10)
+
+    assert (taken.owner, taken.attempt) == ("two", lost.attempt + 1)
+    assert taken.first_seq > lost.block_end - 1
+    assert '"type":"restarted"' in frames[0].body
+    assert f'"discard_after":{lost.settled_seq}' in frames[0].body
+
+
+def test_a_runner_that_lost_its_claim_can_write_nothing() -> None:
+    turn = make_turn(make_session())
+    lost = claim(turn, "one")
+    let_lease_run_out(turn)
+    claim(turn, "two")
+
+    for write in (
+        lambda: Turn.progress(lost, handoff_count=9),
+        lambda: Turn.finish(lost, Turn.Status.COMPLETED),
+        lambda: Turn.finish(lost, Turn.Status.CANCELLED),
+        lambda: Turn.ensure_running(lost),
+    ):
+        with pytest.raises(LostClaim):
+            write()
+    claims.give_back(lost)
+
+    turn.refresh_from_db()
+    assert (turn.owner, turn.status, turn.handoff_count) == ("two", "running", 0)
+    assert Turn.objects.filter(lease_until__gt=Now()).exists()
+
+
+def test_a_lease_that_ran_out_is_lost_even_before_somebody_takes_over() -> None:
+    turn = make_turn(make_session())
+    held = claim(turn)
+    let_lease_run_out(turn)
+
+    claims.renew_leases(held.owner)
+
+    with pytest.raises(LostClaim):
+        Turn.progress(held, handoff_count=1)
+
+
+def test_a_step_of_a_lost_claim_leaves_no_trace() -> None:
+    session = make_session()
+    turn = make_turn(session)
+    stream = TurnStream(claim(turn, "one"))
+    let_lease_run_out(turn)
+    claim(turn, "two")
+    before = StreamBatch.objects.count()
+
+    with pytest.raises(LostClaim):
+        stream._write(lambda step: Turn.finish(step.claim, Turn.Status.COMPLETED), closes=True)
+
+    assert StreamBatch.objects.count() == before
+    turn.refresh_from_db()
+    assert turn.status == "running"
+
+
+def test_the_group_commit_logs_only_turns_that_are_still_held() -> None:
+    kept, lost = make_turn(make_session("a")), make_turn(make_session("b"))
+    claimed = {each.turn_id: each for each, _ in claims.claim_turns("one", 10)}
+    held, gone = claimed[kept.pk], claimed[lost.pk]
+    let_lease_run_out(lost)
+    claim(lost, "somebody else")
+    frames = {c.turn_id: [Frame.of(c.first_seq, str(c.turn_id), "data:{}\n\n")] for c in (held, gone)}
+
+    logged = claims.write_batches(
+        held.owner, [claims.Unlogged(c, frames[c.turn_id], wants_numbers=True) for c in (held, gone)]
+    )
+
+    assert list(logged) == [kept.pk]
+    first, end = logged[kept.pk] or (0, 0)
+    assert first >= held.block_end
+    assert end - first == BLOCK
+    assert not StreamBatch.objects.filter(session_id="b", first_seq=gone.first_seq).exists()
+
+
+def test_a_cancelled_turn_can_end_in_no_other_way() -> None:
+    turn = make_turn(make_session())
+    held = claim(turn)
+
+    assert lifecycle.cancel(CALLER, "s") == turn.pk
+
+    with pytest.raises(CancelRequested):
+        Turn.finish(held, Turn.Status.COMPLETED)
+    with pytest.raises(CancelRequested):
+        Turn.progress(held, handoff_count=1)
+    Turn.finish(held, Turn.Status.CANCELLED, code="cancelled")
+    turn.refresh_from_db()
+    assert turn.status == "cancelled"
+
+
+def test_cancelling_a_queued_turn_says_so_on_the_stream() -> None:
+    session = make_session()
+    turn = make_turn(session)
+
+    lifecycle.cancel(CALLER, "s")
+
+    frames, _ = log.page("s", 0)
+    assert [frame.origin for frame in frames] == [str(turn.pk)]
+    assert frames[0].closes
+    assert '"status":"cancelled"' in frames[0].body
+    assert claims.claim_turns("one", 10) == []
+
+
+def test_a_frame_left_to_a_runner_that_died_is_numbered_by_the_next() -> None:
+    session = make_session()
+    turn = make_turn(session)
+    claim(turn, "one")
+    with transaction.atomic():
+        locked = Session.objects.locked().get(pk="s")
+        lifecycle.emit(locked, _switched(), origin="the switch")
+    assert StreamBatch.objects.unnumbered().count() == 1
+    let_lease_run_out(turn)
+
+    claims.claim_turns("two", 10)
+
+    assert StreamBatch.objects.unnumbered().count() == 0
+    origins = [frame.origin for frame in log.page("s", 0)[0]]
+    assert origins == [str(turn.pk), "the switch", str(turn.pk)]
+
+
+def test_numbers_go_on_in_a_new_block_when_one_runs_out() -> None:
+    turn = make_turn(make_session())
+    held = claim(turn)
+    stream = TurnStream(held)
+    stream._next = stream._end  # all given
+
+    stream._write(lambda step: step.say(_switched()), closes=False)
+
+    assert log.page("s", held.block_end - 1)[0][0].seq >= held.block_end
+    assert Turn.objects.get(pk=turn.pk).settled_seq >= held.block_end
+
+
+def test_numbers_reserved_in_a_transaction_that_fails_are_not_used() -> None:
+    turn = make_turn(make_session())
+    stream = TurnStream(claim(turn))
+    before = (stream._next, stream._end, stream._spare)
+
+    def write(step: object) -> None:
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError):
+        stream._write(write, closes=False)
+
+    assert (stream._next, stream._end, stream._spare) == before
+
+
+def _switched() -> AgentSwitched:
+    return AgentSwitched("coder", "ask", "because", is_final=True)

@@ -11,7 +11,16 @@ from events_app.display import EMPTY, box, clipped, visible
 
 @admin.register(Agent)
 class AgentAdmin(BrowseOnlyAdmin):
-    list_display = ("heading", "says", "model_used", "warmth", "tool_number", "may_write", "multi_agent", "single_agent")
+    list_display = (
+        "heading",
+        "says",
+        "model_used",
+        "warmth",
+        "tool_number",
+        "may_write",
+        "multi_agent",
+        "single_agent",
+    )
     list_filter = ("multi_agent", "single_agent")
     search_fields = ("name", "prompt", "model")
     search_help_text = "Words of a name, a prompt or a model"

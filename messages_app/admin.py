@@ -16,8 +16,9 @@ from django.views.decorators.http import require_safe
 from unfold.decorators import display
 
 from events_app.admin import BrowseOnlyAdmin, session_link
-from events_app.display import EMPTY, Shown, box, clipped, duration, link, moment, visible
+from events_app.display import Shown, box, clipped, duration, link, moment, visible
 from messages_app.models import Message
+from orchestrator_site.http import SESSION_PATH
 from sessions_app.admin import STATUS_COLOURS
 from sessions_app.models import Handoff, Session, Turn
 
@@ -87,7 +88,7 @@ class MessageAdmin(BrowseOnlyAdmin):
         view = self.admin_site.admin_view(require_safe(self.transcript_view))
         # First: Django's own patterns take any path for a message's id.
         return [
-            path("transcript/<str:session_id>/", view, name="messages_app_message_transcript"),
+            path(f"transcript/{SESSION_PATH}/", view, name="messages_app_message_transcript"),
             *super().get_urls(),
         ]
 
@@ -122,7 +123,8 @@ def _switches_beside(session: Session, page: Page[Turn]) -> tuple[list[Handoff],
     if page.has_previous():
         found = found.filter(created_at__gte=turns[0].created_at)
     if page.has_next():
-        found = found.filter(created_at__lt=session.turns.get(position=turns[-1].position + 1).created_at)
+        later = session.turns.filter(position__gt=turns[-1].position).order_by("position")
+        found = found.filter(created_at__lt=later.values("created_at")[:1])
     shown = list(found[: SWITCHES_PER_PAGE + 1])
     left = found.count() - SWITCHES_PER_PAGE if len(shown) > SWITCHES_PER_PAGE else 0
     return shown[:SWITCHES_PER_PAGE], left

@@ -82,7 +82,8 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
             .filter(lease_until__gt=Now(), pk__in=[part.claim.turn_id for part in parts])
             .values_list("pk", "attempt")
         )
-        batches, logged = [], {}
+        batches = []
+        logged: dict[uuid.UUID, tuple[int, int] | None] = {}
         for part in parts:
             if (part.claim.turn_id, part.claim.attempt) not in held:
                 continue

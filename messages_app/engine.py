@@ -5,6 +5,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
+from typing import Any, Literal
 
 from django.conf import settings
 
@@ -53,8 +55,7 @@ class _Run:
         try:
             return await self._loop()
         except CancelRequested:
-            await self._end(lambda step: steps.cancel(step, "".join(self.said), self.agent, self.spent))
-            return "cancelled"
+            return await self._cancel()
         except ModelError as error:
             return await self._fail(error.code, error.message)
         except TimeIsUp:
@@ -67,14 +68,14 @@ class _Run:
             if scene.agent != ORCHESTRATOR:
                 return await self._answer(scene)
             chosen, spent = await self._choose(scene)
-            await self.stream.commit(lambda step, to=chosen, cost=spent, at=scene: steps.route(step, to, at, cost))
+            await self.stream.commit(partial(steps.route, chosen=chosen, scene=scene, spent=spent))
         raise TooManyHandoffs
 
     async def _answer(self, scene: Scene) -> str:
         finished = await self._ask(scene, "answer", scene.messages, scene.temperature, self._show)
         if finished.tool_calls:
             raise UnexpectedToolCall
-        await self._end(lambda step: steps.complete(step, finished.text, self.spent))
+        await self._end(partial(steps.complete, text=finished.text, agent=scene.agent, spent=self.spent))
         return "completed"
 
     async def _choose(self, scene: Scene) -> tuple[Route, Spent | None]:
@@ -93,8 +94,8 @@ class _Run:
     async def _ask(
         self,
         scene: Scene,
-        purpose: str,
-        messages: list[dict[str, str]],
+        purpose: Literal["answer", "routing"],
+        messages: list[dict[str, Any]],
         temperature: float | None,
         show: Callable[[str], Awaitable[None]] | None,
     ) -> FinishedStep:
@@ -134,11 +135,14 @@ class _Run:
 
     async def _fail(self, code: str, message: str) -> str:
         try:
-            await self._end(lambda step: steps.fail(step, code, message, self.agent, self.spent))
+            await self._end(partial(steps.fail, code=code, message=message, agent=self.agent, spent=self.spent))
         except CancelRequested:
-            await self._end(lambda step: steps.cancel(step, "".join(self.said), self.agent, self.spent))
-            return "cancelled"
+            return await self._cancel()
         return code
+
+    async def _cancel(self) -> str:
+        await self._end(partial(steps.cancel, said="".join(self.said), agent=self.agent, spent=self.spent))
+        return "cancelled"
 
     async def _end(self, write: Callable[[Step], None]) -> None:
         await self.stream.commit(write, closes=True)
@@ -147,4 +151,5 @@ class _Run:
 async def give_up(stream: TurnStream) -> None:
     """End a turn that met a fault of ours, with a fixed text; the log has the rest."""
     code, message = "internal_error", "Something went wrong on the server."
-    await stream.commit(lambda step: steps.fail(step, code, message, ORCHESTRATOR, None), closes=True)
+    failing = partial(steps.fail, code=code, message=message, agent=ORCHESTRATOR, spent=None)
+    await stream.commit(failing, closes=True)

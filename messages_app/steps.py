@@ -77,10 +77,10 @@ def route(step: Step, chosen: Route, scene: Scene, spent: Spent | None) -> None:
         _hand_over(step, chosen)
 
 
-def complete(step: Step, text: str, spent: Spent) -> None:
+def complete(step: Step, text: str, agent: str, spent: Spent | None) -> None:
     """The answer is whole: stored, counted and said, and the turn is over."""
     _book(step, spent)
-    _store_answer(step, text, spent.agent)
+    _store_answer(step, text, agent)
     _finish(step, Turn.Status.COMPLETED)
 
 

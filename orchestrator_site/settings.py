@@ -156,6 +156,8 @@ AXES_RESET_ON_SUCCESS = True
 # Locking a user name alone would let anybody lock the operators out.
 AXES_LOCKOUT_PARAMETERS = [["username", "ip_address"]]
 AXES_VERBOSE = False
+# Its pages would show the user names and browsers that strangers make up, as they are.
+AXES_ENABLE_ADMIN = False
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_SECURE = BEHIND_HTTPS
@@ -173,7 +175,10 @@ UNFOLD = {
     "SITE_HEADER": "Countersign",
     "SITE_SUBHEADER": "Agents, held until signed off",
     "SITE_SYMBOL": "verified_user",
+    # There is no site beside the admin that a browser could show.
+    "SITE_URL": None,
     "SHOW_VIEW_ON_SITE": False,
+    "SIDEBAR": {"navigation": "orchestrator_site.navigation.sidebar"},
 }
 
 REST_FRAMEWORK = {

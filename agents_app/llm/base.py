@@ -1,6 +1,6 @@
 """The small protocol between the turn engine and whatever model answers."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -54,6 +54,6 @@ class ModelError(Exception):
 class Model(Protocol):
     """Streams one model step: any number of `TextDelta`, then exactly one `FinishedStep`, or raises `ModelError`."""
 
-    def stream(self, request: ModelRequest) -> AsyncIterator[TextDelta | FinishedStep]: ...
+    def stream(self, request: ModelRequest) -> AsyncGenerator[TextDelta | FinishedStep, None]: ...
 
     async def aclose(self) -> None: ...

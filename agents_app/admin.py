@@ -37,15 +37,15 @@ class AgentAdmin(BrowseOnlyAdmin):
 
     @display(description="Prompt")
     def says(self, agent: Agent) -> str:
-        return clipped(agent.description, 60)
+        return clipped(agent.description)
 
     @display(description="Model", ordering="model")
     def model_used(self, agent: Agent) -> str:
-        return visible(agent.model) or f"{visible(settings.LLM_MODEL)} (LLM_MODEL)"
+        return visible(agent.model) or visible(settings.LLM_MODEL)
 
     @display(description="Temperature", ordering="temperature")
     def warmth(self, agent: Agent) -> str:
-        return "the provider's" if agent.temperature is None else f"{agent.temperature:g}"
+        return "default" if agent.temperature is None else f"{agent.temperature:g}"
 
     @display(description="Tools")
     def tool_number(self, agent: Agent) -> int:

@@ -10,7 +10,7 @@ from django.http.response import HttpResponseBase
 from unfold.admin import ModelAdmin
 from unfold.decorators import display
 
-from events_app.display import EMPTY, Shown, as_json, box, clipped, link, moment, visible
+from events_app.display import EMPTY, Shown, as_json, badge, box, clipped, link, moment, visible
 from events_app.models import Event, ModelCall
 
 # The names of protocol 8.1. A constant, because to ask the table for its distinct values is to read all of it.
@@ -152,7 +152,7 @@ class ModelCallAdmin(BrowseOnlyAdmin):
     search_help_text = "Id of a session or a turn, an agent, a model or an error code"
     ordering = ("-id",)
     fieldsets = (
-        (None, {"fields": (("at", "took"), ("purpose", "error_shown"), ("session", "turn"))}),
+        (None, {"fields": (("at", "took"), ("purpose", "outcome"), ("session", "turn"))}),
         ("Model", {"fields": (("agent_shown", "model_shown"), ("has_tool_calls", "account_id"))}),
         ("Tokens", {"fields": (("prompt_tokens", "completion_tokens", "total_tokens"),)}),
     )
@@ -161,13 +161,9 @@ class ModelCallAdmin(BrowseOnlyAdmin):
     def at(self, call: ModelCall) -> str:
         return moment(call.created_at)
 
-    @display(description="Outcome", ordering="error", label={"answered": "success", "failed": "danger"})
-    def outcome(self, call: ModelCall) -> tuple[str, str]:
-        return ("failed", clipped(call.error)) if call.error else ("answered", "answered")
-
-    @display(description="Error")
-    def error_shown(self, call: ModelCall) -> str:
-        return visible(call.error) or EMPTY
+    @display(description="Outcome", ordering="error")
+    def outcome(self, call: ModelCall) -> str:
+        return badge(call.error, "danger") if call.error else badge("answered", "success")
 
     @display(description="Agent", ordering="agent")
     def agent_shown(self, call: ModelCall) -> str:

@@ -1,12 +1,15 @@
 """How async code reaches the database: one hop to a small pool of threads is one function, mostly one transaction."""
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 from django.db import connections
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -17,7 +20,22 @@ _executor = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database
 
 async def hop(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `function` on a database thread. Cancelling the caller does not stop what has begun there."""
-    return await asyncio.get_running_loop().run_in_executor(_executor, partial(_run, function, args, kwargs))
+    context = contextvars.copy_context()  # the log lines of a request carry its id on every thread
+    work = partial(context.run, _run, function, args, kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_executor, work)
+
+
+def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., Any]:
+    """A synchronous view for an ASGI server, run where the connections are.
+
+    Django would run it on a thread made for this request, with a connection opened for this request.
+    """
+
+    @wraps(view)
+    async def hopping(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        return await hop(view, request, *args, **kwargs)
+
+    return hopping
 
 
 def _run(function: Callable[..., T], args: Any, kwargs: Any) -> T:

@@ -1,7 +1,7 @@
 """How people are shown what clients and models wrote: nothing hidden, nothing alive, nothing endless.
 
 Every function here returns plain text that whoever prints it still has to escape (Django's templates and admin do),
-except `box` and `link`, which return finished elements and escape what they are given.
+except `box`, `badge` and `link`, which return finished elements and escape what they are given.
 """
 
 import json
@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from django.contrib.admin.utils import quote
+from django.template.loader import render_to_string
 from django.urls import reverse
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
@@ -62,6 +63,11 @@ def duration(start: datetime | None, end: datetime | None) -> str:
 def box(text: str) -> SafeString:
     """A long text as a whole, in an element that scrolls."""
     return format_html('<pre class="said">{}</pre>', visible(text)) if text else format_html("{}", EMPTY)
+
+
+def badge(text: str, colour: str = "default") -> SafeString:
+    """A word on one of unfold's colours: default, info, primary, success, warning, danger."""
+    return render_to_string("unfold/helpers/label.html", {"text": visible(text), "type": colour})
 
 
 def link(view: str, pk: Any, text: str) -> SafeString:

@@ -19,7 +19,7 @@ from events_app.admin import BrowseOnlyAdmin, session_link
 from events_app.display import Shown, box, clipped, duration, link, moment, visible
 from messages_app.models import Message
 from orchestrator_site.http import SESSION_PATH
-from sessions_app.admin import STATUS_COLOURS
+from sessions_app.admin import status_badge
 from sessions_app.models import Handoff, Session, Turn
 
 TURNS_PER_PAGE = 50
@@ -35,8 +35,8 @@ class Entry:
     said: list[Message | Handoff] = field(default_factory=list)
 
     @property
-    def colour(self) -> str:
-        return STATUS_COLOURS[Turn.Status(self.turn.status)] if self.turn else ""
+    def state(self) -> str:
+        return status_badge(self.turn) if self.turn else ""
 
     @property
     def duration(self) -> str:

@@ -1,5 +1,6 @@
 """What a client may send to the stream endpoint: bytes to one of four typed messages, or a refusal (protocol 3.1)."""
 
+import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from sessions_app.lifecycle import valid_session_id
 MAX_REASON_CHARS = 2_000
 MAX_FEEDBACK_CHARS = 10_000
 MAX_CALL_ID_CHARS = 128
+MAX_RESULT_BYTES = 1024 * 1024
+MAX_ARGUMENT_BYTES = 256 * 1024
 
 T = TypeVar("T")
 
@@ -67,7 +70,7 @@ def parse(body: bytes, content_type: str) -> tuple[Inbound, bool]:
     kind = message.get("type")
     reader = _READERS.get(kind) if isinstance(kind, str) else None
     if reader is None:
-        raise BadRequest(f"Unsupported message type: {str(kind)[:50]}")
+        raise BadRequest(f"Unsupported message type: {kind[:50]}" if isinstance(kind, str) else "A message has a type.")
     return reader(session_id, message), tokens is not False
 
 
@@ -97,6 +100,7 @@ def _tool_result(session_id: str, message: dict[str, Any]) -> ToolResult:
     result = message.get("result")
     if error is not None and result is not None:
         raise Invalid("Has either a result or an error.", "body", "message", "error")
+    _weigh(result if error is None else error, MAX_RESULT_BYTES, "A result")
     return ToolResult(session_id, call_id, result, error)
 
 
@@ -109,6 +113,7 @@ def _hitl_decision(session_id: str, message: dict[str, Any]) -> HitlDecision:
         raise Invalid("An edit needs its arguments.", "body", "message", "modified_arguments", kind="missing")
     if decision in ("approve", "reject") and arguments is not None:
         raise Invalid("Only an edit has arguments.", "body", "message", "modified_arguments")
+    _weigh(arguments, MAX_ARGUMENT_BYTES, "Arguments")
     if feedback is not None and len(feedback) > MAX_FEEDBACK_CHARS:
         raise TooLarge(f"Feedback may have {MAX_FEEDBACK_CHARS} characters.")
     return HitlDecision(session_id, call_id, decision, arguments, feedback)
@@ -134,6 +139,12 @@ def _typed(source: dict[str, Any], name: str, kind: type[T], *where: str, requir
 
 
 _NAMES: dict[type, str] = {str: "a text", bool: "true or false", dict: "an object"}
+
+
+def _weigh(value: Any, limit: int, what: str) -> None:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if len(text.encode()) > limit:
+        raise TooLarge(f"{what} may have {limit} bytes.")
 
 
 def _short(message: dict[str, Any], name: str, limit: int) -> str | None:

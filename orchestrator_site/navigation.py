@@ -30,9 +30,8 @@ def sidebar(request: HttpRequest) -> list[dict[str, Any]]:
     groups = [
         {
             "title": title,
-            "separator": True,
             "items": [
-                {"title": name, "icon": icon, "link": reverse(f"admin:{app}_{model}_changelist")}
+                _item(request, name, icon, reverse(f"admin:{app}_{model}_changelist"))
                 for name, icon, app, model in pages
                 if request.user.has_perm(f"{app}.view_{model}")
             ],
@@ -40,3 +39,10 @@ def sidebar(request: HttpRequest) -> list[dict[str, Any]]:
         for title, pages in PAGES.items()
     ]
     return [group for group in groups if group["items"]]
+
+
+def _item(request: HttpRequest, name: str, icon: str, link: str) -> dict[str, Any]:
+    # A transcript is the page of a message by its address, of a session by its meaning.
+    transcript = reverse("admin:messages_app_message_transcript", args=["-"]).removesuffix("-/")
+    shown = name == "Sessions" if request.path.startswith(transcript) else request.path.startswith(link)
+    return {"title": name, "icon": icon, "link": link, "active": shown}

@@ -108,7 +108,9 @@ def ensure_port_free(host: str, port: int) -> None:
 def banner(made: dict[str, str], password: str | None) -> str:
     from django.conf import settings
 
-    address = f"http://{'localhost' if settings.HOST in ('127.0.0.1', '::1', '0.0.0.0') else settings.HOST}:{settings.PORT}"  # noqa: S104
+    address = (
+        f"http://{'localhost' if settings.HOST in ('127.0.0.1', '::1', '0.0.0.0') else settings.HOST}:{settings.PORT}"  # noqa: S104
+    )
     key = made.get("INTERNAL_API_KEY")
     shown_key = key or "$INTERNAL_API_KEY"
     lines = ["", f"Countersign {settings.VERSION} at {address}", ""]

@@ -7,6 +7,7 @@ import agents_app.urls
 import events_app.urls
 import messages_app.urls
 import sessions_app.urls
+from events_app.database import on_database_thread
 from messages_app.history import messages_of
 from orchestrator_site.http import SESSION_PATH
 from orchestrator_site.views import HealthView
@@ -15,7 +16,7 @@ from sessions_app.views import SessionView
 contract = [
     path("health", HealthView.as_view()),
     path("", include(sessions_app.urls)),
-    path(f"sessions/{SESSION_PATH}", SessionView.as_view(messages_of=staticmethod(messages_of))),
+    path(f"sessions/{SESSION_PATH}", on_database_thread(SessionView.as_view(messages_of=staticmethod(messages_of)))),
     path("", include(agents_app.urls)),
     path("", include(messages_app.urls)),
     path("", include(events_app.urls)),

@@ -7,17 +7,18 @@ from django.contrib.admin.utils import unquote
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
-from django.db.models import Model, QuerySet
+from django.db.models import Max, Model, QuerySet
 from django.http import HttpRequest, HttpResponseRedirect
 from django.shortcuts import redirect
 from django.urls import reverse
 from django.utils.http import urlencode
+from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.decorators import action, display
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 
 from events_app.admin import BrowseOnlyAdmin, session_link
-from events_app.display import EMPTY, box, clipped, duration, link, moment, visible
+from events_app.display import EMPTY, badge, box, clipped, duration, link, moment, visible
 from sessions_app.models import Account, Handoff, Session, Turn
 
 STATUS_COLOURS = {
@@ -30,12 +31,16 @@ STATUS_COLOURS = {
 }
 
 
+def status_badge(turn: Turn) -> SafeString:
+    return badge(turn.status, STATUS_COLOURS[Turn.Status(turn.status)])
+
+
 class TurnColumns:
     """What a turn shows, on its own page, in the list of turns and on its session's page."""
 
-    @display(description="Status", ordering="status", label=STATUS_COLOURS)
+    @display(description="Status", ordering="status")
     def state(self, turn: Turn) -> str:
-        return turn.status
+        return status_badge(turn)
 
     @display(description="Turn", ordering="position")
     def number(self, turn: Turn) -> str:
@@ -84,6 +89,7 @@ class TurnsOfSession(TurnColumns, TabularInline):
         "number",
         "state",
         "code_shown",
+        "answered_by",
         "handoff_number",
         "tokens",
         "accepted",
@@ -96,6 +102,14 @@ class TurnsOfSession(TurnColumns, TabularInline):
     extra = 0
     can_delete = False
     hide_title = True
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Turn]:
+        # By the accessor that messages leave on turns; it is of one session, so there is little to group.
+        return super().get_queryset(request).annotate(agent=Max("messages__agent"))
+
+    @display(description="Agent")
+    def answered_by(self, turn: Turn) -> str:
+        return visible(turn.agent or "") or EMPTY  # type: ignore[attr-defined] (annotated)
 
     def has_add_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
@@ -131,7 +145,7 @@ class SessionAdmin(BrowseOnlyAdmin):
     fieldsets = (
         (None, {"fields": ("title_shown", ("identity_whole", "owner"), ("agent", "state"))}),
         ("Figures", {"fields": (("message_count", "turn_count", "switch_count"),)}),
-        ("Times (UTC)", {"fields": (("created", "last_active", "deleted"),)}),
+        ("Times", {"fields": (("created", "last_active"), "deleted")}),
         ("Stream", {"fields": (("next_seq", "pruned_seq"),), "classes": ["collapse"]}),
     )
     inlines = (TurnsOfSession,)
@@ -161,7 +175,7 @@ class SessionAdmin(BrowseOnlyAdmin):
     def owner(self, session: Session) -> str:
         return clipped(session.account.name)
 
-    @display(description="Created", ordering="created_at")
+    @display(description="Created (UTC)", ordering="created_at")
     def created(self, session: Session) -> str:
         return moment(session.created_at)
 
@@ -169,15 +183,15 @@ class SessionAdmin(BrowseOnlyAdmin):
     def last_active(self, session: Session) -> str:
         return moment(session.last_activity)
 
-    @display(description="Deleted")
+    @display(description="Deleted (UTC)")
     def deleted(self, session: Session) -> str:
         return moment(session.deleted_at)
 
-    @display(description="State", ordering="deleted_at", label={"deleted": "danger", "open": "success"})
+    @display(description="State", ordering="deleted_at")
     def state(self, session: Session) -> str:
         if session.deleted_at is not None:
-            return "deleted"
-        return "open" if session.is_active else "closed"
+            return badge("deleted", "danger")
+        return badge("open", "success") if session.is_active else badge("closed")
 
     # Both only lead elsewhere, so the plain GET that unfold makes of an action without a dialog does no harm. Whether
     # somebody may is asked by methods: unfold looks up permissions given by name while no table may exist yet.
@@ -207,13 +221,22 @@ class TurnAdmin(TurnColumns, BrowseOnlyAdmin):
     search_help_text = "Id of a turn or a session, or an error code"
     ordering = ("-created_at", "-position")
     fieldsets = (
-        (None, {"fields": (("in_session", "position"), ("state", "code_shown"), ("requested", "handoff_number"))}),
-        ("Times (UTC)", {"fields": (("accepted", "started", "finished", "took"), "cancel_requested")}),
+        (None, {"fields": (("in_session", "place"), ("state", "code_shown"), ("answered_by", "requested"))}),
+        ("Times", {"fields": (("accepted", "started"), ("finished", "took"), "cancel_requested")}),
         ("Tokens", {"fields": (("prompt_tokens", "completion_tokens", "total_tokens"),)}),
-        ("Runner", {"fields": (("runner", "attempt"), ("lease", "settled_seq"))}),
+        ("Runner", {"fields": ("runner", "lease", "attempt", "settled_seq", "handoff_count")}),
     )
 
-    @display(description="Cancellation requested")
+    @display(description="Position")
+    def place(self, turn: Turn) -> int:
+        return turn.position
+
+    @display(description="Agent")
+    def answered_by(self, turn: Turn) -> str:
+        said = turn.messages.exclude(agent="").values_list("agent", flat=True)
+        return visible(", ".join(sorted(set(said)))) or EMPTY
+
+    @display(description="Cancellation requested (UTC)")
     def cancel_requested(self, turn: Turn) -> str:
         return moment(turn.cancel_requested_at)
 

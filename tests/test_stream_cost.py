@@ -18,10 +18,10 @@ from events_app.feed import QUEUE_FRAMES, feed
 from events_app.frames import Frame
 from events_app.stream import follow
 from tests.scripted_llm import Gate, ScriptedLLM, gated, say, silence
-from tests.server import AUTH, Server, eventually, parse_frames, running, until
+from tests.server import AUTH, Server, eventually, running, until
 
 STREAMS = 200
-# Files of the server that come and go without any stream: a request in flight, SQLite's files beside the database.
+# What comes and goes without any stream: a request in flight, a database thread that had not been needed before.
 SLACK = 5
 
 
@@ -52,9 +52,10 @@ def _targets(folder: Path) -> Iterator[str]:
 
 
 class RawStream:
-    """A session stream on a bare socket, so that a test decides when it is read and what the kernel may buffer."""
+    """A session stream on a bare socket, so that a test decides when it is read and how much the kernel may hold."""
 
     def __init__(self, server: Server, session_id: str, *, receive_buffer: int | None = None) -> None:
+        self.received = bytearray()
         self.socket = socket.socket()
         self.socket.settimeout(15)
         if receive_buffer is not None:
@@ -63,60 +64,81 @@ class RawStream:
         headers = "".join(f"{name}: {value}\r\n" for name, value in AUTH.items())
         request = f"GET /sessions/{session_id}/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n"
         self.socket.sendall(request.encode())
-        self.received = b""
 
-    def read_until(self, expected: bytes) -> bytes:
-        """All that has come so far, once it holds `expected`."""
-        while expected not in self.received:
+    def read_until(self, expected: bytes) -> None:
+        """Read until it has received `expected`."""
+        looked_at = 0
+        while self.received.find(expected, looked_at) < 0:
+            looked_at = max(0, len(self.received) - len(expected))
             data = self.socket.recv(1 << 20)
             assert data, f"the stream ended before {expected!r}: {self.received[-500:]!r}"
             self.received += data
-        return self.received
 
-    def close(self) -> None:
-        self.socket.close()
+    def lines(self) -> list[bytes]:
+        """The lines received so far, without the chunked encoding: a piece of the body may end anywhere in a line."""
+        _, _, rest = bytes(self.received).partition(b"\r\n\r\n")
+        body = b""
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            body += rest[: int(size, 16)]
+            rest = rest[int(size, 16) + 2 :]
+        return body.split(b"\n")
+
+
+@contextmanager
+def raw_stream(server: Server, session_id: str, *, receive_buffer: int | None = None) -> Iterator[RawStream]:
+    """A session stream that has replayed the session's first turn."""
+    stream = RawStream(server, session_id, receive_buffer=receive_buffer)
+    with stream.socket:
+        stream.read_until(b"turn_finished")
+        assert stream.received.startswith(b"HTTP/1.1 200 OK")
+        yield stream
 
 
 @contextmanager
 def many_streams(server: Server, session_ids: list[str]) -> Iterator[list[RawStream]]:
-    """A stream for each of these sessions, every one of which has sent its first frame."""
+    """A stream for each of these sessions, asked for at once, every one of which has sent its first frames."""
     with ExitStack() as stack:
         streams = [RawStream(server, session_id) for session_id in session_ids]
         for stream in streams:
-            stack.callback(stream.close)
+            stack.enter_context(stream.socket)
         for stream in streams:
-            assert stream.read_until(b"turn_finished").startswith(b"HTTP/1.1 200 OK")
+            stream.read_until(b"turn_finished")
+            assert stream.received.startswith(b"HTTP/1.1 200 OK")
         yield streams
 
 
-def steady(count: Callable[[], Held], fits: Callable[[Held], bool]) -> Held:
+def steady(server: Server, fits: Callable[[Held], bool]) -> Held:
     """The first count that fits; what an ordinary request uses for a moment goes away, what a stream holds does not."""
     seen: list[Held] = []
 
     def look() -> bool:
-        seen.append(count())
+        seen.append(held(server))
         return fits(seen[-1])
 
     try:
         eventually(look)
     except AssertionError:
-        raise AssertionError(f"still holds {seen[-1]}") from None
+        raise AssertionError(f"still holds {seen[-1]}, first {seen[0]}") from None
     return seen[-1]
 
 
 def test_open_streams_hold_no_threads_and_no_database_connections(
     tmp_path: Path, llm: ScriptedLLM, migrated: Path
 ) -> None:
+    # Room for these streams and one answer: a place that a stream does not give back is missed in the next round.
     with running(tmp_path, migrated, LLM_BASE_URL=llm.url, STREAMS_AT_ONCE=str(STREAMS + 1)) as server:
         for session_id in ("quiet", "busy"):
             server.say(session_id, "Hello", agent_type="coder")
-        before = held(server)
+        fresh = held(server)
+        with many_streams(server, ["quiet"] * STREAMS):
+            pass  # starts every database thread that the process may have; each opens the database file and its log
+        before = steady(server, lambda now: now.files <= fresh.files + 2 * THREADS + SLACK)
 
         def costs_nothing() -> Held:
-            # The database threads of the process start when they are needed; they are few, whatever the streams.
             return steady(
-                lambda: held(server),
-                lambda now: now.threads <= before.threads + THREADS and now.connections <= before.connections + THREADS,
+                server,
+                lambda now: now.threads <= before.threads + SLACK and now.connections <= before.connections + SLACK,
             )
 
         with many_streams(server, ["busy", *["quiet"] * (STREAMS - 1)]) as streams:
@@ -132,11 +154,7 @@ def test_open_streams_hold_no_threads_and_no_database_connections(
                 assert list(frames)[-1].event == "done"
             streams[0].read_until(b'"content":"one two"')
 
-        # Then: all clients are gone, and so is everything that their streams held, their places included.
-        steady(
-            lambda: held(server),
-            lambda now: abs(now.files - before.files) <= SLACK + THREADS and now.threads <= before.threads + THREADS,
-        )
+        steady(server, lambda now: abs(now.files - before.files) <= SLACK and now.threads <= before.threads + SLACK)
         with many_streams(server, ["quiet"] * STREAMS):
             costs_nothing()
 
@@ -148,7 +166,7 @@ async def test_a_follower_that_reads_nothing_costs_a_bounded_queue_and_misses_no
     blocks = [_deltas(first, min(100, count + 1 - first)) for first in range(2, count + 1, 100)]
     await hop(log.append, "slow", _deltas(1, 1))
 
-    with feed.subscribe("slow") as never_reads:
+    with feed.subscribe("slow", ends_with_session=True) as never_reads:
         async with aclosing(follow("slow", after=0)) as batches:
             read = list(await anext(batches))
             for block in blocks:
@@ -172,22 +190,21 @@ def test_a_client_that_stops_reading_gets_every_frame_in_order_in_the_end(
     tmp_path: Path, llm: ScriptedLLM, migrated: Path
 ) -> None:
     # Frames so large that the kernel's buffers hold a fraction of them.
-    pieces = tuple(f"{number} {'x' * 4_000} " for number in range(3 * QUEUE_FRAMES + 200))
+    pieces = tuple(f"{number} {'x' * 3_000} " for number in range(3 * QUEUE_FRAMES + 200))
     llm.script(say("Hello"), say("".join(pieces), pieces=pieces))
-    sizes = str(2 * sum(map(len, pieces)))
-    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_MAX_OUTPUT_CHARS=sizes) as server:
+    length = str(2 * sum(map(len, pieces)))
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_MAX_OUTPUT_CHARS=length) as server:
         server.say("s", "Hello", agent_type="coder")
-        slow = RawStream(server, "s", receive_buffer=4_096)
-        slow.read_until(b"turn_finished")
+        with raw_stream(server, "s", receive_buffer=4_096) as slow:
+            # Another client reads the same turn to its end, while this one reads nothing.
+            everything = [frame.id for frame in server.say("s", "Say a lot") if frame.id is not None]
+            assert len(everything) > 3 * QUEUE_FRAMES
+            slow.read_until(b'"status":"completed"')  # of this turn
+            slow.read_until(b'"status":"completed"', again=True)
 
-        # Another client reads the same turn to its end, while this one reads nothing.
-        everything = [frame.id for frame in server.say("s", "Say a lot") if frame.id is not None]
-        slow.read_until(b'"id":"end"' if False else f"id: {everything[-1]}\n".encode())
-
-        ids = [int(number) for number in re.findall(rb"^id: (\d+)$", slow.received, re.MULTILINE)]
-        assert ids[-len(everything) :] == everything
-        assert all(earlier < later for earlier, later in pairwise(ids))
-        slow.close()
+    ids = [int(line[3:]) for line in slow.lines() if line.startswith(b"id:")]
+    assert ids[-len(everything) :] == everything
+    assert all(earlier < later for earlier, later in pairwise(ids))
 
 
 def test_a_silent_stream_carries_a_comment_every_second(tmp_path: Path, llm: ScriptedLLM, migrated: Path) -> None:
@@ -219,7 +236,7 @@ def _gaps(lines: Iterator[str], *, pings: int) -> list[float]:
 def test_a_session_stream_ends_at_its_maximum_age_and_resumes_without_a_gap(
     tmp_path: Path, llm: ScriptedLLM, migrated: Path
 ) -> None:
-    text = " ".join(f"w{number}" for number in range(100))
+    text = " ".join(f"w{number}" for number in range(60))
     llm.script(say(text, pause=0.05))
     ages = {"STREAM_MAX_AGE_SECONDS": "2", "STREAM_HEARTBEAT_SECONDS": "1"}
     with running(tmp_path, migrated, LLM_BASE_URL=llm.url, **ages) as server:
@@ -237,7 +254,7 @@ def test_a_session_stream_ends_at_its_maximum_age_and_resumes_without_a_gap(
             assert list(answer)[-1].event == "done"  # a turn's own answer has no such end
 
         seen = [frame for part in parts for frame in part]
-        assert len(parts) > 2
+        assert len(parts) > 1
         assert "".join(frame.data.get("token", "") for frame in seen) == text
         with server.following("s") as frames:
             assert until(frames, "turn_finished") == seen
@@ -260,10 +277,10 @@ def test_one_stream_too_many_is_refused_with_nothing_stored(tmp_path: Path, llm:
             assert server.http.get("/sessions/new").status_code == 404
             assert len(llm.answers) == 1
 
-            streams[0].close()
-            eventually(lambda: server.http.get("/sessions").status_code == 200 and _is_admitted(server, "s"))
+            streams[0].socket.close()
+            eventually(lambda: _admitted(server, "s"))
 
 
-def _is_admitted(server: Server, session_id: str) -> bool:
+def _admitted(server: Server, session_id: str) -> bool:
     with server.http.stream("GET", f"/sessions/{session_id}/stream") as response:
-        return response.status_code == 200 and next(parse_frames(response.iter_lines())).type == "turn_started"
+        return response.status_code == 200

@@ -4,28 +4,36 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
-    dependencies = [
-    ]
+    dependencies = []
 
     operations = [
         migrations.CreateModel(
-            name='Agent',
+            name="Agent",
             fields=[
-                ('name', models.CharField(max_length=32, primary_key=True, serialize=False)),
-                ('position', models.PositiveSmallIntegerField(unique=True)),
-                ('prompt', models.TextField(help_text='What the model is told first. Its first line says who speaks.')),
-                ('model', models.CharField(blank=True, help_text='Empty: LLM_MODEL.', max_length=200)),
-                ('temperature', models.FloatField(blank=True, help_text="Empty: the provider's default.", null=True)),
-                ('allowed_tools', models.JSONField(default=list)),
-                ('writable_paths', models.CharField(blank=True, help_text='A regular expression that every written path has to match.', max_length=200)),
-                ('multi_agent', models.BooleanField(default=True, help_text='Registered when MULTI_AGENT_MODE is on.')),
-                ('single_agent', models.BooleanField(default=False, help_text='Registered when MULTI_AGENT_MODE is off.')),
+                ("name", models.CharField(max_length=32, primary_key=True, serialize=False)),
+                ("position", models.PositiveSmallIntegerField(unique=True)),
+                ("prompt", models.TextField(help_text="What the model is told first. Its first line says who speaks.")),
+                ("model", models.CharField(blank=True, help_text="Empty: LLM_MODEL.", max_length=200)),
+                ("temperature", models.FloatField(blank=True, help_text="Empty: the provider's default.", null=True)),
+                ("allowed_tools", models.JSONField(default=list)),
+                (
+                    "writable_paths",
+                    models.CharField(
+                        blank=True,
+                        help_text="A regular expression that every written path has to match.",
+                        max_length=200,
+                    ),
+                ),
+                ("multi_agent", models.BooleanField(default=True, help_text="Registered when MULTI_AGENT_MODE is on.")),
+                (
+                    "single_agent",
+                    models.BooleanField(default=False, help_text="Registered when MULTI_AGENT_MODE is off."),
+                ),
             ],
             options={
-                'ordering': ['position'],
+                "ordering": ["position"],
             },
         ),
     ]

@@ -39,7 +39,15 @@ AGENTS = [
 Weigh alternatives and name their costs before you decide. Write down decisions with their reasons, so that somebody who
 was not there can follow them. You write Markdown files only; changes to code belong to the coder.
 """,
-        ["read_file", "write_file", "list_files", "search_in_code", "attempt_completion", "ask_followup_question", "switch_mode"],
+        [
+            "read_file",
+            "write_file",
+            "list_files",
+            "search_in_code",
+            "attempt_completion",
+            "ask_followup_question",
+            "switch_mode",
+        ],
         {"writable_paths": r".*\.md$"},
     ),
     (
@@ -49,7 +57,15 @@ was not there can follow them. You write Markdown files only; changes to code be
 Start from what was observed. Form one hypothesis at a time, say what would prove it wrong, and look for that. Name the
 cause and the smallest change that removes it. You read and run; the change itself belongs to the coder.
 """,
-        ["read_file", "list_files", "search_in_code", "execute_command", "attempt_completion", "ask_followup_question", "switch_mode"],
+        [
+            "read_file",
+            "list_files",
+            "search_in_code",
+            "execute_command",
+            "attempt_completion",
+            "ask_followup_question",
+            "switch_mode",
+        ],
         {},
     ),
     (
@@ -75,7 +91,12 @@ sure, and show short examples where they help.
 def seed(apps, schema_editor):
     agent = apps.get_model("agents_app", "Agent")
     for position, (name, first_line, more, tools, settings) in enumerate(AGENTS):
-        defaults = {"position": position, "prompt": f"{first_line}\n\n{more.strip()}", "allowed_tools": tools, **settings}
+        defaults = {
+            "position": position,
+            "prompt": f"{first_line}\n\n{more.strip()}",
+            "allowed_tools": tools,
+            **settings,
+        }
         if name == "orchestrator":
             defaults["single_agent"] = True
         agent.objects.get_or_create(name=name, defaults=defaults)

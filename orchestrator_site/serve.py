@@ -106,37 +106,36 @@ def ensure_port_free(host: str, port: int) -> None:
 
 
 def banner(made: dict[str, str], password: str | None) -> str:
+    """What to open and what to try. Secrets are shown in the start that made them, and never again."""
     from django.conf import settings
 
-    address = (
-        f"http://{'localhost' if settings.HOST in ('127.0.0.1', '::1', '0.0.0.0') else settings.HOST}:{settings.PORT}"  # noqa: S104
-    )
+    # What a browser on this machine opens, also when every address is served.
+    host = "localhost" if settings.HOST in ("127.0.0.1", "::1", "0.0.0.0") else settings.HOST  # noqa: S104
+    address = f"http://{host}:{settings.PORT}"
     key = made.get("INTERNAL_API_KEY")
-    shown_key = key or "$INTERNAL_API_KEY"
-    lines = ["", f"Countersign {settings.VERSION} at {address}", ""]
-    if key:
-        lines += [f"  API key     {key}", ""]
-    login = f"  as {settings.DJANGO_SUPERUSER_USERNAME} / {password}" if password else ""
-    lines += [f"  Admin       {address}/admin/{login}", ""]
-    if key or password:
-        lines += [f"  Shown this once; kept in {ENV_FILE.name}, which only you can read.", ""]
-    else:
-        lines += [f"  Key and password of this installation: {ENV_FILE.name}, or what you set yourself.", ""]
-    if not settings.LLM_BASE_URL:
-        lines += ["  No model is configured (LLM_BASE_URL): the offline demo model answers.", ""]
-    if not key:
-        lines += ["  Try it (first: export INTERNAL_API_KEY=<the key>):", ""]
-    else:
-        lines += ["  Try it:", ""]
+    login = f"  ({settings.DJANGO_SUPERUSER_USERNAME} / {password})" if password else ""
     body = '{"session_id":"first","message":{"type":"user_message","content":"Please explain what you can do"}}'
-    lines += [
-        f"    curl -N {address}/agent/message/stream \\",
-        f'      -H "X-Internal-Auth: {shown_key}" -H "Content-Type: application/json" \\',
-        f"      -d '{body}'",
-        "",
-        "",
-    ]
-    return "\n".join(lines)
+    secrets_made = "Shown this once; " if key or password else ""
+    return "\n".join(
+        [
+            "",
+            f"Countersign {settings.VERSION} at {address}",
+            "",
+            *([f"  API key  {key}"] if key else []),
+            f"  Admin    {address}/admin/{login}",
+            f"  Model    {settings.LLM_BASE_URL or 'the offline demo model (set LLM_BASE_URL for a real one)'}",
+            "",
+            f"  {secrets_made}key and password are kept in {ENV_FILE.name}, unless you set them yourself.",
+            "",
+            "  Try it:" if key else "  Try it, with your key in INTERNAL_API_KEY:",
+            "",
+            f"    curl -N {address}/agent/message/stream \\",
+            f'      -H "X-Internal-Auth: {key or "$INTERNAL_API_KEY"}" -H "Content-Type: application/json" \\',
+            f"      -d '{body}'",
+            "",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

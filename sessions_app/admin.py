@@ -109,7 +109,7 @@ class TurnsOfSession(TurnColumns, TabularInline):
 
     @display(description="Agent")
     def answered_by(self, turn: Turn) -> str:
-        return visible(turn.agent or "") or EMPTY  # type: ignore[attr-defined] (annotated)
+        return visible(turn.agent or "") or EMPTY  # type: ignore[attr-defined]
 
     def has_add_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False

@@ -34,12 +34,12 @@ def ensure_known(name: str) -> None:
 
 
 def hand_over(
-    session: Session, to: str, *, reason: str, confidence: str | None, turn_id: uuid.UUID | None = None
+    session: Session, to: str, *, reason: str, confidence: str | None, by: str, turn_id: uuid.UUID | None = None
 ) -> AgentSwitched:
     """Record a handoff in the transaction that holds the session's lock; the chunk that says so."""
     handoff = session.hand_over(to, reason=reason, confidence=confidence, turn_id=turn_id)
     details = {"from_agent": handoff.from_agent, "to_agent": to, "reason": reason, "confidence": confidence}
-    lifecycle.record(session, "agent.switched", turn_id=turn_id, **details)
+    lifecycle.record(session, "agent.switched", turn_id=turn_id, switched_by=by, **details)
     return AgentSwitched(handoff.from_agent, to, reason, confidence)
 
 
@@ -55,7 +55,7 @@ def switch(caller: Caller, session_id: str, to: str, *, reason: str, confidence:
         raise AlreadyActive(f"Agent {to} is already active")
     if session.switch_count >= MAX_SWITCHES:
         raise TooManySwitches(f"A session may be switched {MAX_SWITCHES} times")
-    chunk = hand_over(session, to, reason=reason, confidence=confidence)
+    chunk = hand_over(session, to, reason=reason, confidence=confidence, by=caller.name)
     lifecycle.emit(session, _final(chunk), origin=str(uuid.uuid4()))
     return session
 
@@ -72,7 +72,7 @@ def switch_by_message(caller: Caller, session_id: str, to: str, *, reason: str) 
     if session.current_agent == to:
         chunk = AgentSwitched(to, to, reason)
     else:
-        chunk = hand_over(session, to, reason=reason, confidence=None)
+        chunk = hand_over(session, to, reason=reason, confidence=None, by=caller.name)
     lifecycle.emit(session, _final(chunk), origin=origin)
     return after, origin
 

@@ -40,36 +40,53 @@ class Turn:
     asked_at: int = 0
     pieces: list[tuple[int, bytes]] = field(default_factory=list)
 
-    @property
-    def raw(self) -> bytes:
-        return b"".join(piece for _, piece in self.pieces)
-
     def tokens(self) -> list[tuple[int, int, int]]:
         """Each token that arrived: its number, when the model sent it, when the client had read it."""
-        ends = list(accumulate(len(piece) for _, piece in self.pieces))
+        read_to = list(accumulate(len(piece) for _, piece in self.pieces))
+        body, starts, positions = dechunked(self.raw)
         arrived = []
-        for match in TOKEN.finditer(self.raw):
-            read_at = self.pieces[bisect_left(ends, match.end())][0]
+        for match in TOKEN.finditer(body):
+            chunk = bisect_left(starts, match.end()) - 1
+            position = positions[chunk] + match.end() - starts[chunk]
+            read_at = self.pieces[bisect_left(read_to, position)][0]
             # A delta holds several tokens when they came while a step was being stored.
             for token in match[1].split():
                 number, _, sent_at = token.partition(b":")
                 arrived.append((int(number), int(sent_at), read_at))
         return arrived
 
+    @property
+    def raw(self) -> bytes:
+        return b"".join(piece for _, piece in self.pieces)
+
     def problem(self, expected: int) -> str | None:
         """Why this turn failed, or None."""
-        raw = self.raw
-        status = raw.partition(b"\r\n")[0].decode(errors="replace")
-        if " 200 " not in f"{status} ":
+        status = self.raw.partition(b"\r\n")[0].decode(errors="replace")
+        if not status.startswith("HTTP/1.1 200 "):
             return status or "no answer"
-        whole = WHOLE.findall(raw)
-        if len(whole) != 1 or len(whole[0].split()) != expected:
-            return f"{len(whole)} whole answers, {[len(text.split()) for text in whole]} tokens in them"
-        if not COMPLETED.search(raw):
+        body, _, _ = dechunked(self.raw)
+        whole = [len(text.split()) for text in WHOLE.findall(body)]
+        if whole != [expected]:
+            return f"{len(whole)} whole answers with {whole} tokens"
+        if not COMPLETED.search(body):
             return "the turn did not complete"
-        if b"event: done" not in raw:
+        if b"event: done" not in body:
             return "the stream broke off"
         return None
+
+
+def dechunked(raw: bytes) -> tuple[bytes, list[int], list[int]]:
+    """The body of a chunked answer, and for each of its chunks where it starts in the body and in what was received."""
+    position = raw.find(b"\r\n\r\n") + 4
+    parts, starts, positions, length = [], [], [], 0
+    while (end := raw.find(b"\r\n", position)) > position:
+        size = int(raw[position:end], 16)
+        parts.append(raw[end + 2 : end + 2 + size])
+        starts.append(length)
+        positions.append(end + 2)
+        length += size
+        position = end + 2 + size + 2
+    return b"".join(parts), starts, positions
 
 
 class Client(asyncio.Protocol):
@@ -121,17 +138,18 @@ class Load:
         if response.status != expected:
             raise RuntimeError(f"POST {path}: {response.status} {text[:200]!r}")
 
-    async def run(self, session_ids: list[str]) -> list[Turn]:
-        """One turn in each session, all at once; returns when every stream has ended."""
+    async def run(self, session_ids: list[str]) -> tuple[list[Turn], int]:
+        """One turn in each session, all at once, to the end of every stream; and when all of them streamed."""
         turns = [Turn(session_id) for session_id in session_ids]
         clients = [Client(turn, self._message(turn.session_id)) for turn in turns]
         opened = await asyncio.gather(*[self._open(client) for client in clients])
         await together(client.streams for client in clients)
+        streaming_at = time.monotonic_ns()
         print("streaming", flush=True)
         await together(client.ended for client in clients)
         for transport in opened:
             transport.close()
-        return turns
+        return turns, streaming_at
 
     async def _open(self, client: Client) -> asyncio.BaseTransport:
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: client, "127.0.0.1", self.port)
@@ -160,8 +178,8 @@ def percentile(values: list[float], share: float) -> float:
     return ranked[min(len(ranked) - 1, int(len(ranked) * share))] if ranked else float("nan")
 
 
-def report(turns: list[Turn], expected: int, seconds: float, cpu: float) -> dict[str, object]:
-    ages, firsts, problems = [], [], []
+def report(turns: list[Turn], expected: int, streaming_at: int) -> dict[str, object]:
+    ages, steady, firsts, problems = [], [], [], []
     lost = repeated = disordered = 0
     for turn in turns:
         tokens = turn.tokens()
@@ -170,6 +188,7 @@ def report(turns: list[Turn], expected: int, seconds: float, cpu: float) -> dict
         repeated += len(numbers) - len(set(numbers))
         disordered += numbers != sorted(numbers)
         ages += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens]
+        steady += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens if sent_at > streaming_at]
         firsts += [(read_at - turn.asked_at) / 1e6 for _, _, read_at in tokens[:1]]
         if problem := turn.problem(expected):
             problems.append(problem)
@@ -181,9 +200,9 @@ def report(turns: list[Turn], expected: int, seconds: float, cpu: float) -> dict
         "lost": lost,
         "repeated": repeated,
         "disordered": disordered,
-        "seconds": seconds,
-        "load_cpu_seconds": cpu,
         "age_ms": {name: percentile(ages, share) for name, share in SHARES.items()},
+        "steady_tokens": len(steady),
+        "steady_age_ms": {name: percentile(steady, share) for name, share in SHARES.items()},
         "first_token_ms": {name: percentile(firsts, share) for name, share in SHARES.items()},
         "megabytes": sum(len(piece) for turn in turns for _, piece in turn.pieces) / 1e6,
     }
@@ -211,9 +230,9 @@ def main() -> None:
     sys.stdin.readline()
 
     cpu, began = cpu_seconds(), time.monotonic()
-    turns = uvloop.run(load.run(session_ids))
-    seconds, cpu = time.monotonic() - began, cpu_seconds() - cpu
-    print(json.dumps(report(turns, arguments.tokens, seconds, cpu)), flush=True)
+    turns, streaming_at = uvloop.run(load.run(session_ids))
+    costs = {"seconds": time.monotonic() - began, "load_cpu_seconds": cpu_seconds() - cpu}
+    print(json.dumps({**report(turns, arguments.tokens, streaming_at), **costs}), flush=True)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,7 @@ class Run:
 
     seen: dict[str, Any]
     server_cpu: float
+    steady_cpu: float
     mock_cpu: float
     idle: Held
     streaming: Held
@@ -187,11 +188,13 @@ class Bench:
             load.stdin.write("\n")
             load.stdin.flush()
             line_of(load)  # every stream has its first token
+            steady_cpu = cpu_seconds(self.server.pid)
             streaming, peak = self._while_streaming(tokens)
             seen = json.loads(line_of(load))
+            steady_cpu = cpu_seconds(self.server.pid) - steady_cpu
             server_cpu = cpu_seconds(self.server.pid) - server_cpu
             mock_cpu = cpu_seconds(self.mock.pid) - mock_cpu
-        return Run(seen, server_cpu, mock_cpu, idle, streaming, peak, self.held())
+        return Run(seen, server_cpu, steady_cpu, mock_cpu, idle, streaming, peak, self.held())
 
     def _while_streaming(self, tokens: int) -> tuple[Held, Held]:
         """At the first look, and the most of some looks while all streams are certainly open."""
@@ -255,7 +258,7 @@ Row = tuple[str, str, str]
 
 
 def turn_rows(run: Run) -> Iterator[Row]:
-    seen, age, first = run.seen, run.seen["age_ms"], run.seen["first_token_ms"]
+    seen, age, steady, first = run.seen, run.seen["age_ms"], run.seen["steady_age_ms"], run.seen["first_token_ms"]
     yield "turns, failed", f"{seen['turns']}, {seen['failed']}", verdict("0 failed", not seen["failed"])
     yield (
         "tokens, lost, repeated, out of order",
@@ -263,12 +266,14 @@ def turn_rows(run: Run) -> Iterator[Row]:
         verdict("none", not (seen["lost"] or seen["repeated"] or seen["disordered"])),
     )
     yield "age of a token at the client, median", ms(age["median"]), at_most(age["median"], TARGET_AGE_MS, "ms")
-    yield "  p95, p99, max", ", ".join(ms(age[name]) for name in ("p95", "p99", "max")), ""
-    yield "time to first token, median, p95", f"{ms(first['median'])}, {ms(first['p95'])}", ""
+    yield "  p95, p99, max", worst(age), ""
+    yield "  while all stream: median", ms(steady["median"]), ""
+    yield "  p95, p99, max", worst(steady), ""
+    yield "time to first token, median, p95, max", ", ".join(ms(first[name]) for name in ("median", "p95", "max")), ""
     yield "from the first request to the last byte", f"{seen['seconds']:.2f} s", ""
-    cost = run.server_cpu / max(seen["tokens"], 1) * 1e6
-    yield "server CPU, of it per token", f"{run.server_cpu:.2f} s, {cost:.0f} µs", ""
-    yield "server CPU share", percent(run.server_cpu / seen["seconds"]), ""
+    yield "server CPU, per token", cost(run.server_cpu, seen["tokens"]), ""
+    yield "  since all streamed, per token", cost(run.steady_cpu, seen["steady_tokens"]), ""
+    yield "  share of its core", percent(run.server_cpu / seen["seconds"]), ""
     yield "server memory, idle, streaming", f"{run.idle.megabytes:.0f} MB, {run.peak.megabytes:.0f} MB", ""
     for name in ("threads", "connections"):
         counts = [getattr(moment, name) for moment in (run.idle, run.streaming, run.peak, run.after)]
@@ -287,6 +292,14 @@ def start_rows(check: float, first: float, second: float) -> Iterator[Row]:
 
 def ms(value: float) -> str:
     return f"{value:.1f} ms"
+
+
+def worst(values: dict[str, float]) -> str:
+    return ", ".join(ms(values[name]) for name in ("p95", "p99", "max"))
+
+
+def cost(seconds: float, tokens: int) -> str:
+    return f"{seconds:.2f} s, {seconds / max(tokens, 1) * 1e6:.0f} µs"
 
 
 def percent(share: float) -> str:

@@ -43,7 +43,7 @@ def clipped(text: str | None, limit: int = LINE_CHARS) -> str:
     if not text:
         return EMPTY
     left = len(text) - limit
-    return visible(text) if left <= 0 else f"{visible(text[:limit])}… {left:,} more characters"
+    return visible(text) if left <= 0 else f"{visible(text[:limit])}… {left:,} more character{'s' * (left > 1)}"
 
 
 def as_json(data: Any) -> str:

@@ -92,7 +92,8 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
             if part.wants_numbers:
                 first = sessions[part.claim.session_id].reserve_numbers(BLOCK)
                 logged[part.claim.turn_id] = (first, first + BLOCK)
-        StreamBatch.objects.bulk_create(batches)
+        # A commit that was reported as failed may have happened; its rows are the same, and are not written twice.
+        StreamBatch.objects.bulk_create(batches, ignore_conflicts=True)
     return logged
 
 

@@ -69,7 +69,7 @@ class EmbeddedRunner:
             if room := max(settings.TURNS_AT_ONCE - len(self._turns), 0):
                 try:
                     claimed = await hop(claims.claim_turns, self.owner, room)
-                except DatabaseError:
+                except Exception:
                     logger.exception("claim_failed")
             for claim, frames in claimed:
                 task = asyncio.create_task(self._run(claim, frames))
@@ -91,8 +91,7 @@ class EmbeddedRunner:
             except LostClaim:
                 logger.warning("turn_lost", extra=ids)
             except Stopping:
-                await stream.commit(lambda step: None)
-                await hop(claims.give_back, claim)
+                await _try(_hand_over(stream))
                 logger.info("turn_handed_over", extra=ids)
             except DatabaseError:
                 # Whether the last write counts is unknown. The lease runs out, and the next claim sees what is stored.
@@ -129,6 +128,12 @@ class EmbeddedRunner:
         if self._streams:
             for session_id in await hop(claims.renew_leases, self.owner):
                 feed.poke(session_id)
+
+
+async def _hand_over(stream: TurnStream) -> None:
+    """Log what was shown, and let somebody else take the turn at once."""
+    await stream.commit(lambda step: None)
+    await hop(claims.give_back, stream.claim)
 
 
 async def _heartbeat() -> None:

@@ -60,7 +60,7 @@ def look(step: Step) -> Scene:
     if turn.requested_agent:
         Turn.progress(step.claim, requested_agent="")
         if turn.requested_agent != step.session.current_agent:
-            _hand_over(step, Route(turn.requested_agent, "User requested", "high"))
+            _hand_over(step, Route(turn.requested_agent, "User requested", "high"), by="user")
     agent = Agent.objects.get(pk=step.session.current_agent)
     return Scene(
         agent.name,
@@ -74,7 +74,7 @@ def route(step: Step, chosen: Route, scene: Scene, spent: Spent | None) -> None:
     """The orchestrator hands the session to a specialist, unless somebody switched it away in the meantime."""
     _book(step, spent)
     if step.session.current_agent == scene.agent:
-        _hand_over(step, chosen)
+        _hand_over(step, chosen, by=scene.agent)
 
 
 def complete(step: Step, text: str, agent: str, spent: Spent | None) -> None:
@@ -107,11 +107,11 @@ def cancel(step: Step, said: str, agent: str, spent: Spent | None) -> None:
     _finish(step, Turn.Status.CANCELLED, "cancelled")
 
 
-def _hand_over(step: Step, to: Route) -> None:
+def _hand_over(step: Step, to: Route, *, by: str) -> None:
     Turn.progress(step.claim, handoff_count=F("handoff_count") + 1)
     step.say(
         handoffs.hand_over(
-            step.session, to.agent, reason=to.reason, confidence=to.confidence, turn_id=step.claim.turn_id
+            step.session, to.agent, reason=to.reason, confidence=to.confidence, by=by, turn_id=step.claim.turn_id
         )
     )
 

@@ -115,7 +115,7 @@ def banner(made: dict[str, str], password: str | None) -> str:
     key = made.get("INTERNAL_API_KEY")
     login = f"  ({settings.DJANGO_SUPERUSER_USERNAME} / {password})" if password else ""
     body = '{"session_id":"first","message":{"type":"user_message","content":"Please explain what you can do"}}'
-    secrets_made = "Shown this once; " if key or password else ""
+    kept = "Shown this once; key" if key or password else "Key"
     return "\n".join(
         [
             "",
@@ -125,7 +125,7 @@ def banner(made: dict[str, str], password: str | None) -> str:
             f"  Admin    {address}/admin/{login}",
             f"  Model    {settings.LLM_BASE_URL or 'the offline demo model (set LLM_BASE_URL for a real one)'}",
             "",
-            f"  {secrets_made}key and password are kept in {ENV_FILE.name}, unless you set them yourself.",
+            f"  {kept} and password are kept in {ENV_FILE.name}, unless you set them yourself.",
             "",
             "  Try it:" if key else "  Try it, with your key in INTERNAL_API_KEY:",
             "",

@@ -127,6 +127,7 @@ def cancel(caller: Caller, session_id: str) -> uuid.UUID | None:
     if turn is None:
         return None
     _cancel(session, turn)
+    record(session, "session.updated", turn_id=turn.pk, cancelled_by=caller.name)
     return turn.pk
 
 
@@ -138,5 +139,4 @@ def _cancel(session: Session, turn: Turn) -> None:
         usage = {name: getattr(turn, name) for name in NO_USAGE}
         chunk = TurnFinished(str(turn.pk), Turn.Status.CANCELLED, "cancelled", usage)
         emit(session, chunk, origin=str(turn.pk))
-        record(session, "session.updated", turn_id=turn.pk, turn="cancelled")
         transaction.on_commit(feed.wake_runner)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,59 +53,49 @@ def _targets(folder: Path) -> Iterator[str]:
 
 
 class RawStream:
-    """A session stream on a bare socket, so that a test decides when it is read and how much the kernel may hold."""
+    """A session stream on a socket of its own, so that a test decides when it is read and what the kernel may hold."""
 
     def __init__(self, server: Server, session_id: str, *, receive_buffer: int | None = None) -> None:
         self.received = bytearray()
-        self.socket = socket.socket()
-        self.socket.settimeout(15)
+        self._socket = socket.socket()
+        self._socket.settimeout(15)
         if receive_buffer is not None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.connect(("127.0.0.1", server.port))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._socket.connect(("127.0.0.1", server.port))
         headers = "".join(f"{name}: {value}\r\n" for name, value in AUTH.items())
         request = f"GET /sessions/{session_id}/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n"
-        self.socket.sendall(request.encode())
+        self._socket.sendall(request.encode())
+        self._response = HTTPResponse(self._socket)
 
     def read_until(self, expected: bytes) -> None:
         """Read until it has received `expected`."""
+        if not self.received:
+            self._response.begin()
+            assert self._response.status == 200
         looked_at = 0
         while self.received.find(expected, looked_at) < 0:
             looked_at = max(0, len(self.received) - len(expected))
-            data = self.socket.recv(1 << 20)
+            data = self._response.read1(1 << 16)
             assert data, f"the stream ended before {expected!r}: {self.received[-500:]!r}"
             self.received += data
 
-    def lines(self) -> list[bytes]:
-        """The lines received so far, without the chunked encoding: a piece of the body may end anywhere in a line."""
-        _, _, rest = bytes(self.received).partition(b"\r\n\r\n")
-        body = b""
-        while rest:
-            size, _, rest = rest.partition(b"\r\n")
-            body += rest[: int(size, 16)]
-            rest = rest[int(size, 16) + 2 :]
-        return body.split(b"\n")
+    def close(self) -> None:
+        self._response.close()
+        self._socket.close()
 
 
 @contextmanager
-def raw_stream(server: Server, session_id: str, *, receive_buffer: int | None = None) -> Iterator[RawStream]:
-    """A session stream that has replayed the session's first turn."""
-    stream = RawStream(server, session_id, receive_buffer=receive_buffer)
-    with stream.socket:
-        stream.read_until(b"turn_finished")
-        assert stream.received.startswith(b"HTTP/1.1 200 OK")
-        yield stream
-
-
-@contextmanager
-def many_streams(server: Server, session_ids: list[str]) -> Iterator[list[RawStream]]:
-    """A stream for each of these sessions, asked for at once, every one of which has sent its first frames."""
+def many_streams(
+    server: Server, session_ids: list[str], *, receive_buffer: int | None = None
+) -> Iterator[list[RawStream]]:
+    """A stream for each of these sessions, asked for at once; every one has replayed the session's first turn."""
     with ExitStack() as stack:
-        streams = [RawStream(server, session_id) for session_id in session_ids]
-        for stream in streams:
-            stack.enter_context(stream.socket)
+        streams = []
+        for session_id in session_ids:
+            streams.append(RawStream(server, session_id, receive_buffer=receive_buffer))
+            stack.callback(streams[-1].close)
         for stream in streams:
             stream.read_until(b"turn_finished")
-            assert stream.received.startswith(b"HTTP/1.1 200 OK")
         yield streams
 
 
@@ -195,14 +186,13 @@ def test_a_client_that_stops_reading_gets_every_frame_in_order_in_the_end(
     length = str(2 * sum(map(len, pieces)))
     with running(tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_MAX_OUTPUT_CHARS=length) as server:
         server.say("s", "Hello", agent_type="coder")
-        with raw_stream(server, "s", receive_buffer=4_096) as slow:
+        with many_streams(server, ["s"], receive_buffer=4_096) as [slow]:
             # Another client reads the same turn to its end, while this one reads nothing.
             everything = [frame.id for frame in server.say("s", "Say a lot") if frame.id is not None]
             assert len(everything) > 3 * QUEUE_FRAMES
-            slow.read_until(b'"status":"completed"')  # of this turn
-            slow.read_until(b'"status":"completed"', again=True)
+            slow.read_until(f"id: {everything[-1]}\n".encode())
 
-    ids = [int(line[3:]) for line in slow.lines() if line.startswith(b"id:")]
+    ids = [int(number) for number in re.findall(rb"^id: (\d+)$", slow.received, re.MULTILINE)]
     assert ids[-len(everything) :] == everything
     assert all(earlier < later for earlier, later in pairwise(ids))
 
@@ -277,7 +267,7 @@ def test_one_stream_too_many_is_refused_with_nothing_stored(tmp_path: Path, llm:
             assert server.http.get("/sessions/new").status_code == 404
             assert len(llm.answers) == 1
 
-            streams[0].socket.close()
+            streams[0].close()
             eventually(lambda: _admitted(server, "s"))
 
 

@@ -1,7 +1,6 @@
 """What happened: facts, the frames of each session's stream, and what every model step cost."""
 
 import uuid
-from typing import Any
 
 from django.db import models
 from django.db.models import QuerySet
@@ -98,6 +97,3 @@ class ModelCall(models.Model):
 
     def __str__(self) -> str:
         return f"{self.purpose} by {self.agent} with {self.model}"
-
-    def as_usage(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}

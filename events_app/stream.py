@@ -121,10 +121,6 @@ async def _counted(parts: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
         _open_streams -= 1
 
 
-def open_streams() -> int:
-    return _open_streams
-
-
 def _release_thread() -> None:
     """Give back the thread that Django holds for an ASGI request as long as the request is open.
 

@@ -26,11 +26,6 @@ class UnexpectedToolCall(ModelError):
         super().__init__("unexpected_tool_call", "The model asked for a tool, but none was offered to it.")
 
 
-class TooManyHandoffs(ModelError):
-    def __init__(self) -> None:
-        super().__init__("too_many_handoffs", "The agents passed the message on too many times.")
-
-
 async def run_turn(stream: TurnStream, model: Model) -> str:
     """Advance the claimed turn to its end and return how it ended.
 
@@ -62,14 +57,13 @@ class _Run:
             return await self._fail("turn_timeout", "The turn took longer than a turn may.")
 
     async def _loop(self) -> str:
-        for _ in range(settings.TURN_MAX_HANDOFFS + 1):
+        while True:
             scene = await self.stream.commit(steps.look)
             self.agent = scene.agent
             if scene.agent != ORCHESTRATOR:
                 return await self._answer(scene)
             chosen, spent = await self._choose(scene)
             await self.stream.commit(partial(steps.route, chosen=chosen, scene=scene, spent=spent))
-        raise TooManyHandoffs
 
     async def _answer(self, scene: Scene) -> str:
         finished = await self._ask(scene, "answer", scene.messages, scene.temperature, self._show)

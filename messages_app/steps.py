@@ -9,6 +9,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents_app import handoffs
+from agents_app.llm import ModelError
 from agents_app.models import Agent
 from agents_app.routing import Route
 from events_app.chunks import AssistantText, ErrorShown, TurnFinished
@@ -18,6 +19,11 @@ from messages_app.models import Message
 from messages_app.turn_stream import Step
 from sessions_app import lifecycle
 from sessions_app.models import Session, Turn
+
+
+class TooManyHandoffs(ModelError):
+    def __init__(self) -> None:
+        super().__init__("too_many_handoffs", "The agents passed the message on too many times.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +59,12 @@ class Spent:
 def look(step: Step) -> Scene:
     """Obey the agent that the message asked for, then see who is to act and what the model is to read.
 
-    Raises CancelRequested, ModelError when the conversation does not fit the model.
+    Raises CancelRequested, TooManyHandoffs, ModelError when the conversation does not fit the model.
     """
     Turn.ensure_running(step.claim)
     turn = Turn.objects.get(pk=step.claim.turn_id)
+    if turn.handoff_count > settings.TURN_MAX_HANDOFFS:
+        raise TooManyHandoffs
     if turn.requested_agent:
         Turn.progress(step.claim, requested_agent="")
         if turn.requested_agent != step.session.current_agent:

@@ -130,10 +130,6 @@ class TurnQuerySet(QuerySet["Turn"]):
     def unfinished(self) -> Self:
         return self.filter(status__in=Turn.UNFINISHED)
 
-    def expired(self) -> Self:
-        """Running turns whose runner has not renewed its lease in time."""
-        return self.filter(status=Turn.Status.RUNNING, lease_until__lte=Now())
-
     def claimable(self) -> Self:
         """Queued turns with no unfinished one before them, and running ones that lost their runner; oldest first."""
         before = Turn.objects.unfinished().filter(session=OuterRef("session"), position__lt=OuterRef("position"))
@@ -159,7 +155,6 @@ class Turn(models.Model):
         CANCELLED = "cancelled"
 
     UNFINISHED = (Status.QUEUED, Status.RUNNING, Status.WAITING)
-    FINISHED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="turns")

@@ -304,3 +304,21 @@ def test_daphne_runs_turns_too(tmp_path: Path, migrated: Path, llm: ScriptedLLM,
 
         assert [frame.type for frame in frames if frame.event == "message"] == ["agent_switched", "assistant_message"]
         assert server.history(session_id)[-1] == ("assistant", "Served by daphne.")
+
+
+def test_a_model_that_is_down_opens_the_circuit_and_a_probe_closes_it_again(
+    tmp_path: Path, migrated: Path, llm: ScriptedLLM, session_id: str
+) -> None:
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, LLM_RETRIES="0") as server:
+        on_coder(server, session_id)
+        llm.stop()
+        codes = [server.say(session_id, f"anyone {number}?")[-2].data["code"] for number in range(6)]
+        llm.start()
+        answered = eventually(lambda: _answered(server.say(session_id, "and now?")))
+
+    assert codes == ["model_unreachable"] * 5 + ["model_circuit_open"]
+    assert answered
+
+
+def _answered(frames: list[Frame]) -> bool:
+    return frames[-2].data["status"] == "completed"

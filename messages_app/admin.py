@@ -1,5 +1,6 @@
 """Browsing messages, and the transcript: a session as one reads it, turn by turn."""
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,26 @@ from sessions_app.models import Handoff, Session, Turn
 TURNS_PER_PAGE = 50
 # A turn's handoffs are bounded, switches between turns are not.
 SWITCHES_PER_PAGE = 100
+# Messages are shown whole until a page has this much; what comes then begins here and is whole on its own page.
+CHARACTERS_PER_PAGE = 1_000_000
+BEGINNING = 1_000
+
+
+@dataclass(slots=True)
+class Said:
+    """A message or a handoff of a transcript, and its text as it is shown."""
+
+    text: str
+    message: Message | None = None
+    handoff: Handoff | None = None
+    is_cut: bool = False
+
+    @property
+    def order(self) -> tuple[Any, int]:
+        """The message that starts a turn is stored with it; a handoff and an answer may carry the same moment."""
+        if self.message is None:
+            return self.handoff.created_at if self.handoff else None, 1
+        return self.message.created_at, 0 if self.message.role == Message.Role.USER else 2
 
 
 @dataclass(slots=True)
@@ -32,7 +53,7 @@ class Entry:
     """One turn of a transcript with all that was said in it, or a switch that no turn made."""
 
     turn: Turn | None = None
-    said: list[Message | Handoff] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
 
     @property
     def state(self) -> str:
@@ -132,18 +153,22 @@ def _switches_beside(session: Session, page: Page[Turn]) -> tuple[list[Handoff],
 
 def _entries(turns: Any, switches: list[Handoff]) -> Iterator[Entry]:
     """Turns in order with what was said in each, and between them the switches of the time before."""
-    said: dict[Any, list[Message | Handoff]] = {turn.pk: [] for turn in turns}
-    for message in Message.objects.filter(turn__in=list(said)).order_by("id"):
-        said[message.turn_id].append(message)
+    said: dict[Any, list[Said]] = {turn.pk: [] for turn in turns}
+    room = CHARACTERS_PER_PAGE
+    for message in Message.objects.filter(turn__in=list(said)).in_order():
+        whole = len(message.content) <= room
+        room -= len(message.content) if whole else 0
+        text = visible(message.content) if whole else clipped(message.content, BEGINNING)
+        said[message.turn_id].append(Said(text, message=message, is_cut=not whole))
     for handoff in Handoff.objects.filter(turn__in=list(said)).order_by("id"):
-        said[handoff.turn_id].append(handoff)
-    waiting = list(switches)
+        said[handoff.turn_id].append(Said(visible(handoff.reason), handoff=handoff))
+    waiting = deque(switches)
     for turn in turns:
         while waiting and waiting[0].created_at < turn.created_at:
-            yield Entry(said=[waiting.pop(0)])
-        # The message that starts a turn is stored with it; a handoff and an answer may carry the same moment.
-        order = {Message.Role.USER: 0, None: 1}
-        said[turn.pk].sort(key=lambda thing: (thing.created_at, order.get(getattr(thing, "role", None), 2)))
-        yield Entry(turn, said[turn.pk])
-    for switch in waiting:
-        yield Entry(said=[switch])
+            yield _switch(waiting.popleft())
+        yield Entry(turn, sorted(said[turn.pk], key=lambda each: each.order))
+    yield from map(_switch, waiting)
+
+
+def _switch(handoff: Handoff) -> Entry:
+    return Entry(said=[Said(visible(handoff.reason), handoff=handoff)])

@@ -3,6 +3,7 @@
 import pytest
 from django.db import IntegrityError, transaction
 from django.db.models.functions import Now
+from django.utils import timezone
 
 from events_app import log
 from events_app.chunks import AgentSwitched
@@ -195,13 +196,15 @@ def test_numbers_go_on_in_a_new_block_when_one_runs_out() -> None:
 def test_numbers_reserved_in_a_transaction_that_fails_are_not_used() -> None:
     turn = make_turn(make_session())
     stream = TurnStream(claim(turn))
+    stream._next = stream._end  # all given: the next step reserves a block
     before = (stream._next, stream._end, stream._spare)
+    taken = Session.objects.get(pk="s").next_seq
+    StreamBatch.objects.create(
+        session_id="s", origin="x", first_seq=taken, last_seq=taken, frames=[], created_at=timezone.now()
+    )
 
-    def write(step: object) -> None:
-        raise RuntimeError("a fault")
-
-    with pytest.raises(RuntimeError):
-        stream._write(write, closes=False)
+    with pytest.raises(IntegrityError), transaction.atomic():
+        stream._write(lambda step: step.say(_switched()), closes=False)
 
     assert (stream._next, stream._end, stream._spare) == before
 

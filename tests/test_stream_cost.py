@@ -20,6 +20,7 @@ from events_app.frames import Frame
 from events_app.stream import follow
 from tests.scripted_llm import Gate, ScriptedLLM, gated, say, silence
 from tests.server import AUTH, Server, eventually, running, until
+from tests.server import Frame as SentFrame
 
 STREAMS = 200
 # What comes and goes without any stream: a request in flight, a database thread that had not been needed before.
@@ -181,7 +182,7 @@ def test_a_client_that_stops_reading_gets_every_frame_in_order_in_the_end(
     tmp_path: Path, llm: ScriptedLLM, migrated: Path
 ) -> None:
     # Frames so large that the kernel's buffers hold a fraction of them.
-    pieces = tuple(f"{number} {'x' * 3_000} " for number in range(3 * QUEUE_FRAMES + 200))
+    pieces = [f"{number} {'x' * 3_000} " for number in range(3 * QUEUE_FRAMES + 200)]
     llm.script(say("Hello"), say("".join(pieces), pieces=pieces))
     length = str(2 * sum(map(len, pieces)))
     with running(tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_MAX_OUTPUT_CHARS=length) as server:
@@ -237,7 +238,7 @@ def test_a_session_stream_ends_at_its_maximum_age_and_resumes_without_a_gap(
         assert 2 <= time.monotonic() - began < 4
 
         with server.streaming({"type": "user_message", "content": "Count", "agent_type": "coder"}, "s") as answer:
-            parts = []
+            parts: list[list[SentFrame]] = []
             while not parts or parts[-1][-1].type != "turn_finished":
                 with server.following("s", after=parts[-1][-1].id or 0 if parts else 0) as frames:
                     parts.append(list(frames))

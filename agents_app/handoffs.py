@@ -5,6 +5,7 @@ import uuid
 from django.db import transaction
 
 from agents_app.models import Agent
+from events_app import log
 from events_app.chunks import AgentSwitched
 from orchestrator_site.errors import BadRequest
 from sessions_app import lifecycle
@@ -39,7 +40,7 @@ def hand_over(
     """Record a handoff in the transaction that holds the session's lock; the chunk that says so."""
     handoff = session.hand_over(to, reason=reason, confidence=confidence, turn_id=turn_id)
     details = {"from_agent": handoff.from_agent, "to_agent": to, "reason": reason, "confidence": confidence}
-    lifecycle.record(session, "agent.switched", turn_id=turn_id, switched_by=by, **details)
+    log.record(lifecycle.fact(session, "agent.switched", turn_id=turn_id, switched_by=by, **details))
     return AgentSwitched(handoff.from_agent, to, reason, confidence)
 
 

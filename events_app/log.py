@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from django.db.models import Max, Min
+from django.db.models import Max
 from django.utils import timezone
 
 from events_app.frames import Frame
@@ -13,28 +13,33 @@ from events_app.models import Event, StreamBatch
 PAGE = 100
 
 
-def record(event_type: str, *, account_id: int, session_id: str, turn_id: str = "", source: str, **data: Any) -> None:
-    """Insert one fact in the caller's transaction."""
-    Event.objects.create(
+def fact(event_type: str, *, account_id: int, session_id: str, turn_id: str = "", **data: Any) -> Event:
+    """One thing that happened, to be recorded in the transaction in which it does."""
+    return Event(
         account_id=account_id,
         session_id=session_id,
         event_type=event_type,
         correlation_id=turn_id,
-        source=source,
+        source=event_type.partition(".")[0],
         data=data,
         timestamp=timezone.now(),
     )
 
 
+def record(*facts: Event) -> None:
+    """Insert facts in the caller's transaction."""
+    Event.objects.bulk_create(facts)
+
+
 def append(session_id: str, frames: Sequence[Frame]) -> None:
     """Log numbered frames, in order, in the caller's transaction: one row for each run of the same origin."""
-    now = timezone.now()
     StreamBatch.objects.bulk_create(
-        batch_of(session_id, list(run), now) for _, run in groupby(frames, key=lambda frame: frame.origin)
+        batch_of(session_id, list(run)) for _, run in groupby(frames, key=lambda frame: frame.origin)
     )
 
 
-def batch_of(session_id: str, run: Sequence[Frame], now: Any) -> StreamBatch:
+def batch_of(session_id: str, run: Sequence[Frame]) -> StreamBatch:
+    """Consecutive numbered frames of one origin, as one row to be inserted."""
     return StreamBatch(
         session_id=session_id,
         origin=run[0].origin,
@@ -42,7 +47,7 @@ def batch_of(session_id: str, run: Sequence[Frame], now: Any) -> StreamBatch:
         last_seq=run[-1].seq,
         frames=[[frame.seq, frame.body] for frame in run],
         closes=run[-1].closes,
-        created_at=now,
+        created_at=timezone.now(),
     )
 
 
@@ -84,7 +89,8 @@ def _frames(origin: str, stored: list[tuple[int, str]], closes: bool, last_seq: 
 
 def oldest_kept(session_id: str) -> int | None:
     """The number of the oldest frame that is still in the log."""
-    return StreamBatch.objects.numbered().filter(session_id=session_id).aggregate(oldest=Min("first_seq"))["oldest"]
+    kept = StreamBatch.objects.numbered().filter(session_id=session_id).order_by("last_seq")
+    return kept.values_list("first_seq", flat=True).first()
 
 
 def last_before(session_id: str, moment: Any) -> int | None:

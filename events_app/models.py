@@ -41,11 +41,11 @@ class Event(models.Model):
 
 class StreamBatchQuerySet(QuerySet["StreamBatch"]):
     def numbered(self) -> "StreamBatchQuerySet":
-        return self.filter(first_seq__isnull=False)
+        return self.filter(last_seq__isnull=False)
 
     def unnumbered(self) -> "StreamBatchQuerySet":
         """Frames stored while a runner held the session's numbers; it gives them theirs."""
-        return self.filter(first_seq__isnull=True).order_by("id")
+        return self.filter(last_seq__isnull=True).order_by("id")
 
 
 class StreamBatch(models.Model):

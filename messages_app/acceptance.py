@@ -8,6 +8,7 @@ from django.db import transaction
 from django.db.models.functions import Now
 
 from agents_app import handoffs
+from events_app import log
 from events_app.feed import feed
 from messages_app.inbound import UserMessage
 from messages_app.models import Message
@@ -59,6 +60,6 @@ def user_message(message: UserMessage, caller: Caller) -> Accepted:
         last_activity=Now(),
         title=session.title if session.title is not None else message.content.strip()[:TITLE_CHARS],
     )
-    lifecycle.record(session, "session.message.added", turn_id=turn.pk, role="user", sent_by=caller.name)
+    log.record(lifecycle.fact(session, "session.message.added", turn_id=turn.pk, role="user", sent_by=caller.name))
     transaction.on_commit(feed.wake_runner)
     return Accepted(session.pk, turn.pk, lifecycle.position(session))

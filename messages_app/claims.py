@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from django.db import transaction
 from django.db.models.functions import Now
-from django.utils import timezone
 
 from events_app import log
 from events_app.chunks import Restarted, TurnStarted, encode
 from events_app.frames import Frame
-from events_app.models import StreamBatch
+from events_app.models import Event, StreamBatch
 from messages_app.turn_stream import BLOCK
 from sessions_app import lifecycle
 from sessions_app.models import Claim, Session, Turn, lease_end
@@ -29,31 +28,52 @@ def claim_turns(owner: str, limit: int) -> list[tuple[Claim, list[Frame]]]:
         return []
     with transaction.atomic():
         sessions = Session.objects.locked().order_by("pk").in_bulk([session_id for _, session_id in candidates])
-        turns = Turn.objects.claimable().filter(pk__in=[pk for pk, _ in candidates])
-        return [_begin(turn, sessions[turn.session_id], owner) for turn in turns if turn.claim(owner)]
+        left = set(
+            StreamBatch.objects.unnumbered().filter(session_id__in=sessions).values_list("session_id", flat=True)
+        )
+        claimed = []
+        for turn in Turn.objects.claimable().filter(pk__in=[pk for pk, _ in candidates]):
+            session = sessions[turn.session_id]
+            begun = _begin(turn, session, owner, waiting=session.pk in left)
+            if begun is not None:
+                claimed.append(begun)
+        StreamBatch.objects.bulk_create(log.batch_of(claim.session_id, frames[-1:]) for claim, frames in claimed)
+        log.record(*[_started(claim, sessions[claim.session_id]) for claim, _ in claimed])
+        return claimed
 
 
-def _begin(turn: Turn, session: Session, owner: str) -> tuple[Claim, list[Frame]]:
+def _begin(turn: Turn, session: Session, owner: str, *, waiting: bool) -> tuple[Claim, list[Frame]] | None:
+    """Claim one turn and reserve its numbers; the last of the frames says that it begins, those before it were left."""
     is_takeover = turn.status == Turn.Status.RUNNING
-    first = session.reserve_numbers(BLOCK)
-    numbers = iter(range(first, first + BLOCK))
-    frames = log.number_waiting(session.pk, lambda: next(numbers))
+    first, left = session.next_seq, StreamBatch.objects.unnumbered().filter(session_id=session.pk)
+    seq = first + (left.count() if waiting else 0)
+    if not turn.claim(owner, settled_seq=seq):
+        return None
+    session.reserve_numbers(BLOCK)
+    numbers = iter(range(first, seq))
+    frames = log.number_waiting(session.pk, lambda: next(numbers)) if waiting else []
     origin = str(turn.pk)
     chunk = Restarted(origin, turn.settled_seq) if is_takeover else TurnStarted(origin)
-    frame = Frame.of(next(numbers), origin, encode(chunk))
-    log.append(session.pk, [frame])
-    Turn.objects.filter(pk=turn.pk).update(settled_seq=frame.seq)
-    lifecycle.record(
-        session,
-        "agent.processing.started",
-        turn_id=turn.pk,
-        agent=turn.requested_agent or session.current_agent,
-        attempt=turn.attempt + 1,
-    )
+    frame = Frame.of(seq, origin, encode(chunk))
     claim = Claim(
-        turn.pk, session.pk, session.account_id, owner, turn.attempt + 1, frame.seq + 1, first + BLOCK, frame.seq
+        turn.pk,
+        session.pk,
+        session.account_id,
+        owner,
+        turn.attempt + 1,
+        seq + 1,
+        first + BLOCK,
+        seq,
+        turn.requested_agent,
     )
     return claim, [*frames, frame]
+
+
+def _started(claim: Claim, session: Session) -> Event:
+    agent = claim.requested_agent or session.current_agent
+    return lifecycle.fact(
+        session, "agent.processing.started", turn_id=claim.turn_id, agent=agent, attempt=claim.attempt
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +91,6 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
     Returns the turns whose frames are logged, with a new block of numbers for those that asked for one. A turn that is
     missing there is no longer this runner's.
     """
-    now = timezone.now()
     with transaction.atomic():
         short = [part.claim.session_id for part in parts if part.wants_numbers]
         sessions = Session.objects.locked().order_by("pk").in_bulk(short) if short else {}
@@ -87,7 +106,7 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
         for part in parts:
             if (part.claim.turn_id, part.claim.attempt) not in held:
                 continue
-            batches.append(log.batch_of(part.claim.session_id, part.frames, now))
+            batches.append(log.batch_of(part.claim.session_id, part.frames))
             logged[part.claim.turn_id] = None
             if part.wants_numbers:
                 first = sessions[part.claim.session_id].reserve_numbers(BLOCK)

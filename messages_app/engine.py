@@ -13,9 +13,10 @@ from django.conf import settings
 from agents_app import routing
 from agents_app.llm import FinishedStep, Model, ModelError, ModelRequest
 from agents_app.routing import Route
+from events_app.database import hop
 from messages_app import steps
 from messages_app.steps import Scene, Spent
-from messages_app.turn_stream import Step, TimeIsUp, TurnStream
+from messages_app.turn_stream import TimeIsUp, TurnStream
 from sessions_app.models import ORCHESTRATOR, CancelRequested
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,10 @@ class _Run:
             return await self._fail("turn_timeout", "The turn took longer than a turn may.")
 
     async def _loop(self) -> str:
+        if self.stream.claim.requested_agent:
+            await self.stream.commit(steps.obey)
         while True:
-            scene = await self.stream.commit(steps.look)
+            scene = await hop(steps.look, self.stream.claim)
             self.agent = scene.agent
             if scene.agent != ORCHESTRATOR:
                 return await self._answer(scene)
@@ -69,7 +72,7 @@ class _Run:
         finished = await self._ask(scene, "answer", scene.messages, scene.temperature, self._show)
         if finished.tool_calls:
             raise UnexpectedToolCall
-        await self._end(partial(steps.complete, text=finished.text, agent=scene.agent, spent=self.spent))
+        await self.stream.commit(partial(steps.complete, text=finished.text, agent=scene.agent, spent=self.spent))
         return "completed"
 
     async def _choose(self, scene: Scene) -> tuple[Route, Spent | None]:
@@ -129,21 +132,19 @@ class _Run:
 
     async def _fail(self, code: str, message: str) -> str:
         try:
-            await self._end(partial(steps.fail, code=code, message=message, agent=self.agent, spent=self.spent))
+            await self.stream.commit(
+                partial(steps.fail, code=code, message=message, agent=self.agent, spent=self.spent)
+            )
         except CancelRequested:
             return await self._cancel()
         return code
 
     async def _cancel(self) -> str:
-        await self._end(partial(steps.cancel, said="".join(self.said), agent=self.agent, spent=self.spent))
+        await self.stream.commit(partial(steps.cancel, said="".join(self.said), agent=self.agent, spent=self.spent))
         return "cancelled"
-
-    async def _end(self, write: Callable[[Step], None]) -> None:
-        await self.stream.commit(write, closes=True)
 
 
 async def give_up(stream: TurnStream) -> None:
     """End a turn that met a fault of ours, with a fixed text; the log has the rest."""
     code, message = "internal_error", "Something went wrong on the server."
-    failing = partial(steps.fail, code=code, message=message, agent=ORCHESTRATOR, spent=None)
-    await stream.commit(failing, closes=True)
+    await stream.commit(partial(steps.fail, code=code, message=message, agent=ORCHESTRATOR, spent=None))

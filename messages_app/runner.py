@@ -17,7 +17,7 @@ from events_app.feed import feed
 from events_app.frames import Frame
 from messages_app import claims
 from messages_app.engine import give_up, run_turn
-from messages_app.turn_stream import Stopping, TurnStream
+from messages_app.turn_stream import Stopping, TurnStream, nothing
 from sessions_app import retention
 from sessions_app.models import Claim, LostClaim
 
@@ -132,7 +132,7 @@ class EmbeddedRunner:
 
 async def _hand_over(stream: TurnStream) -> None:
     """Log what was shown, and let somebody else take the turn at once."""
-    await stream.commit(lambda step: None)
+    await stream.commit(nothing)
     await hop(claims.give_back, stream.claim)
 
 

@@ -3,33 +3,55 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any
 
 from django.db import transaction
 
 from events_app import log
-from events_app.chunks import Chunk, encode, encode_delta
+from events_app.chunks import Chunk, TurnFinished, encode, encode_delta
 from events_app.database import hop
 from events_app.feed import feed
 from events_app.frames import Frame
+from events_app.models import Event
+from sessions_app import lifecycle
 from sessions_app.models import CancelRequested, Claim, LostClaim, Session, Turn
-
-T = TypeVar("T")
 
 BLOCK = 4_000
 LOW = BLOCK // 4
 
 
 class Step:
-    """What one transaction of a running turn may write through: the locked session, and the chunks it says."""
+    """What one transaction of a running turn does: it says chunks, records facts, changes the turn, perhaps ends it.
 
-    def __init__(self, claim: Claim, session: Session) -> None:
+    The session's row is locked. Chunks, facts and changes are written together when the step's function has returned.
+    """
+
+    def __init__(self, claim: Claim, turn: Turn) -> None:
         self.claim = claim
-        self.session = session
+        self.turn = turn
+        self.session = turn.session
         self.chunks: list[Chunk] = []
+        self.facts: list[Event] = []
+        self.changes: dict[str, Any] = {}
+        self.ending: Turn.Status | None = None
 
     def say(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
+
+    def record(self, event_type: str, **data: Any) -> None:
+        self.facts.append(lifecycle.fact(self.session, event_type, turn_id=self.turn.pk, **data))
+
+    def change(self, **changes: Any) -> None:
+        """Set columns of the turn."""
+        self.changes |= changes
+        for name, value in changes.items():
+            setattr(self.turn, name, value)
+
+    def end(self, status: Turn.Status, code: str = "") -> None:
+        """The turn ends with this step, which is also the end of the answer that its followers read."""
+        self.ending = status
+        self.change(code=code)
+        self.say(TurnFinished(str(self.turn.pk), status, code or None, self.turn.usage))
 
 
 class Stopping(Exception):
@@ -66,7 +88,7 @@ class TurnStream:
             self._held.append(text)
             return
         if self._next >= self._end and self._spare is None:
-            await self.commit(lambda step: None)
+            await self.commit(nothing)
         self._show(text)
 
     def _show(self, text: str) -> None:
@@ -87,18 +109,17 @@ class TurnStream:
 
     # --- commits of steps ---
 
-    async def commit(self, write: Callable[[Step], T], *, closes: bool = False) -> T:
+    async def commit(self, write: Callable[[Step], None]) -> None:
         """Run `write` in one transaction with everything of this turn that is not logged yet and the chunks it says;
         publish those after the commit. Raises LostClaim, CancelRequested or what `write` raises, with nothing written.
         """
         async with self.lock:
             self._held = []
-            writing = asyncio.ensure_future(hop(self._write, write, closes))
+            writing = asyncio.ensure_future(hop(self.write, write))
             try:
-                result, frames = await asyncio.shield(writing)
+                frames = await asyncio.shield(writing)
                 self._unlogged.clear()
                 feed.publish(self.session_id, frames)
-                return result
             finally:
                 # The thread goes on when this task is cancelled, and it uses the counters.
                 await asyncio.wait([writing])
@@ -106,38 +127,50 @@ class TurnStream:
                 if held:
                     self._show(held)
 
-    def _write(self, write: Callable[[Step], T], closes: bool) -> tuple[T, list[Frame]]:
+    def write(self, write: Callable[[Step], None]) -> list[Frame]:
+        """The transaction of `commit`, on a database thread; the frames it numbered."""
         numbers = self._next, self._end, self._spare
         try:
             with transaction.atomic():
-                session = Session.objects.locked().get(pk=self.session_id)
-                step = Step(self.claim, session)
-                result = write(step)
-
-                def number() -> int:
-                    if self.wants_numbers:
-                        self._spare = _reserve(session)
-                    return self._take()
-
-                waiting = log.number_waiting(session.pk, number)
-                said = [encode(chunk) for chunk in step.chunks]
-                own = [
-                    Frame.of(number(), self.origin, body, closes=closes and index == len(said))
-                    for index, body in enumerate(said, start=1)
-                ]
-                if waiting:
-                    log.append(session.pk, self._unlogged)
-                    log.append(session.pk, own)
-                else:
-                    log.append(session.pk, [*self._unlogged, *own])
-                if own and not closes:
-                    Turn.mine(self.claim).update(settled_seq=own[-1].seq)
-                if self.wants_numbers and not closes:
-                    self._spare = _reserve(session)
+                return self._write_step(write)
         except BaseException:
+            # What was reserved is not: the next one to ask will be given the same numbers.
             self._next, self._end, self._spare = numbers
             raise
-        return result, [*waiting, *own]
+
+    def _write_step(self, write: Callable[[Step], None]) -> list[Frame]:
+        turn = Turn.mine(self.claim).select_related("session").select_for_update(of=("session",)).first()
+        if turn is None:
+            raise LostClaim(f"turn {self.origin} is no longer {self.claim.owner}'s")
+        step = Step(self.claim, turn)
+        write(step)
+
+        def number() -> int:
+            if self.wants_numbers:
+                self._spare = _reserve(step.session)
+            return self._take()
+
+        waiting = log.number_waiting(self.session_id, number)
+        last = len(step.chunks)
+        own = [
+            Frame.of(number(), self.origin, encode(chunk), closes=step.ending is not None and index == last)
+            for index, chunk in enumerate(step.chunks, start=1)
+        ]
+        if waiting:
+            log.append(self.session_id, self._unlogged)
+            log.append(self.session_id, own)
+        else:
+            log.append(self.session_id, [*self._unlogged, *own])
+        log.record(*step.facts)
+        if own:
+            step.changes["settled_seq"] = own[-1].seq
+        if step.ending is not None:
+            Turn.finish(self.claim, step.ending, **step.changes)
+        elif step.changes:
+            Turn.progress(self.claim, **step.changes)
+        if self.wants_numbers and step.ending is None:
+            self._spare = _reserve(step.session)
+        return [*waiting, *own]
 
     # --- the group commit's part ---
 
@@ -189,9 +222,14 @@ class TurnStream:
                 self.interrupt(interruption)
 
 
+def nothing(step: Step) -> None:
+    """A commit for what it does by itself: logs what was shown, numbers what was left, reserves numbers."""
+
+
 def _facts(step: Step) -> None:
     # Frames that wait for a number are numbered by any commit; only the wish to cancel has to be asked for.
-    Turn.ensure_running(step.claim)
+    if step.turn.cancel_requested_at is not None:
+        raise CancelRequested(f"turn {step.turn.pk} was cancelled")
 
 
 def _reserve(session: Session) -> tuple[int, int]:

@@ -14,12 +14,11 @@ from events_app import log
 from events_app.chunks import Chunk, TurnFinished, encode
 from events_app.feed import feed
 from events_app.frames import Frame
+from events_app.models import Event
 from orchestrator_site.errors import Invalid
 from orchestrator_site.http import SESSION_ID
 from sessions_app.callers import Caller
 from sessions_app.models import Session, SessionIdTaken, Turn, UnknownSession, new_id
-
-NO_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
 
 def valid_session_id(session_id: str) -> str:
@@ -29,16 +28,10 @@ def valid_session_id(session_id: str) -> str:
     return session_id
 
 
-def record(session: Session, event_type: str, *, turn_id: uuid.UUID | None = None, **data: Any) -> None:
-    """Insert one fact about a session in the caller's transaction."""
-    log.record(
-        event_type,
-        account_id=session.account_id,
-        session_id=session.pk,
-        turn_id=str(turn_id or ""),
-        source=event_type.partition(".")[0],
-        **data,
-    )
+def fact(session: Session, event_type: str, *, turn_id: uuid.UUID | None = None, **data: Any) -> Event:
+    """One thing that happened in a session, to be recorded in the transaction in which it does."""
+    account_id, turn = session.account_id, str(turn_id or "")
+    return log.fact(event_type, account_id=account_id, session_id=session.pk, turn_id=turn, **data)
 
 
 def create(caller: Caller, session_id: str | None = None) -> Session:
@@ -46,7 +39,7 @@ def create(caller: Caller, session_id: str | None = None) -> Session:
     try:
         with transaction.atomic():
             session = Session.objects.create(pk=session_id or new_id(), account_id=caller.account_id)
-            record(session, "session.created", created_by=caller.name)
+            log.record(fact(session, "session.created", created_by=caller.name))
     except IntegrityError:
         raise SessionIdTaken("This session id is taken.") from None
     session.refresh_from_db()
@@ -101,7 +94,7 @@ def rename(caller: Caller, session_id: str, title: str) -> Session:
     session = locked_for(caller, session_id)
     Session.objects.filter(pk=session.pk).update(title=title)
     session.title = title
-    record(session, "session.updated", title=title, updated_by=caller.name)
+    log.record(fact(session, "session.updated", title=title, updated_by=caller.name))
     return session
 
 
@@ -112,7 +105,7 @@ def delete(caller: Caller, session_id: str) -> None:
     for turn in session.turns.unfinished().order_by("position"):
         _cancel(session, turn)
     Session.objects.filter(pk=session.pk).update(deleted_at=Now(), is_active=False)
-    record(session, "session.deleted", deleted_by=caller.name)
+    log.record(fact(session, "session.deleted", deleted_by=caller.name))
     transaction.on_commit(lambda: feed.close(session.pk))
 
 
@@ -127,7 +120,7 @@ def cancel(caller: Caller, session_id: str) -> uuid.UUID | None:
     if turn is None:
         return None
     _cancel(session, turn)
-    record(session, "session.updated", turn_id=turn.pk, cancelled_by=caller.name)
+    log.record(fact(session, "session.updated", turn_id=turn.pk, cancelled_by=caller.name))
     return turn.pk
 
 
@@ -136,7 +129,6 @@ def _cancel(session: Session, turn: Turn) -> None:
         transaction.on_commit(lambda: feed.poke(session.pk))
         return
     if turn.cancel_unheld("cancelled"):
-        usage = {name: getattr(turn, name) for name in NO_USAGE}
-        chunk = TurnFinished(str(turn.pk), Turn.Status.CANCELLED, "cancelled", usage)
+        chunk = TurnFinished(str(turn.pk), Turn.Status.CANCELLED, "cancelled", turn.usage)
         emit(session, chunk, origin=str(turn.pk))
         transaction.on_commit(feed.wake_runner)

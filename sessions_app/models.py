@@ -124,6 +124,7 @@ class Claim:
     first_seq: int
     block_end: int
     settled_seq: int
+    requested_agent: str
 
 
 class TurnQuerySet(QuerySet["Turn"]):
@@ -195,7 +196,12 @@ class Turn(models.Model):
     def __str__(self) -> str:
         return f"turn {self.position} of {self.session_id}"
 
-    def claim(self, owner: str) -> bool:
+    @property
+    def usage(self) -> dict[str, int]:
+        """What its model steps cost, as far as they have ended."""
+        return {name: getattr(self, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+
+    def claim(self, owner: str, *, settled_seq: int) -> bool:
         """Take the turn for `owner` unless somebody else was faster; the caller holds the session's lock."""
         was = Q(status=Turn.Status.QUEUED) | Q(status=Turn.Status.RUNNING, lease_until__lte=Now())
         return bool(
@@ -205,6 +211,7 @@ class Turn(models.Model):
                 attempt=F("attempt") + 1,
                 lease_until=lease_end(),
                 started_at=Coalesce("started_at", Now()),
+                settled_seq=settled_seq,
             )
         )
 
@@ -228,13 +235,14 @@ class Turn(models.Model):
             raise LostClaim(f"turn {claim.turn_id} changed hands")
 
     @staticmethod
-    def ensure_running(claim: Claim) -> None:
-        """Raise LostClaim when the claim holds no more, CancelRequested when somebody wants the turn to end."""
-        held = Turn.mine(claim).values_list("cancel_requested_at").first()
-        if held is None:
+    def ensure_running(claim: Claim) -> "Turn":
+        """The turn with its session, read once. Raises LostClaim, or CancelRequested when it is to end."""
+        turn = Turn.mine(claim).select_related("session").first()
+        if turn is None:
             raise LostClaim(f"turn {claim.turn_id} is no longer {claim.owner}'s")
-        if held[0] is not None:
+        if turn.cancel_requested_at is not None:
             raise CancelRequested(f"turn {claim.turn_id} was cancelled")
+        return turn
 
     @staticmethod
     def finish(claim: Claim, status: Status, *, code: str = "", **changes: Any) -> None:

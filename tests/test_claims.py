@@ -31,8 +31,8 @@ def test_of_two_runners_that_saw_the_same_turn_one_gets_it() -> None:
     turn = make_turn(make_session())
     seen_by_two = Turn.objects.get(pk=turn.pk)
 
-    assert turn.claim("one") is True
-    assert seen_by_two.claim("two") is False
+    assert turn.claim("one", settled_seq=1) is True
+    assert seen_by_two.claim("two", settled_seq=1) is False
 
 
 def test_only_the_oldest_unfinished_turn_of_a_session_may_run() -> None:
@@ -110,7 +110,7 @@ def test_a_step_of_a_lost_claim_leaves_no_trace() -> None:
     before = StreamBatch.objects.count()
 
     with pytest.raises(LostClaim):
-        stream._write(lambda step: Turn.finish(step.claim, Turn.Status.COMPLETED), closes=True)
+        stream.write(lambda step: step.end(Turn.Status.COMPLETED))
 
     assert StreamBatch.objects.count() == before
     turn.refresh_from_db()
@@ -187,7 +187,7 @@ def test_numbers_go_on_in_a_new_block_when_one_runs_out() -> None:
     stream = TurnStream(held)
     stream._next = stream._end  # all given
 
-    stream._write(lambda step: step.say(_switched()), closes=False)
+    stream.write(lambda step: step.say(_switched()))
 
     assert log.page("s", held.block_end - 1)[0][0].seq >= held.block_end
     assert Turn.objects.get(pk=turn.pk).settled_seq >= held.block_end
@@ -204,7 +204,7 @@ def test_numbers_reserved_in_a_transaction_that_fails_are_not_used() -> None:
     )
 
     with pytest.raises(IntegrityError), transaction.atomic():
-        stream._write(lambda step: step.say(_switched()), closes=False)
+        stream.write(lambda step: step.say(_switched()))
 
     assert (stream._next, stream._end, stream._spare) == before
 

@@ -20,10 +20,10 @@ def finish_a_turn(session: Session) -> None:
     stream = TurnStream(claim(make_turn(session)))
 
     def finish(step: Step) -> None:
-        Turn.finish(step.claim, Turn.Status.COMPLETED)
         step.say(AssistantText("done"))
+        step.end(Turn.Status.COMPLETED)
 
-    stream._write(finish, closes=True)
+    stream.write(finish)
 
 
 def make_old() -> None:

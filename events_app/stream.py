@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import Self
 
 from asgiref.sync import SyncToAsync
 from django.conf import settings
@@ -92,33 +93,53 @@ async def until_old(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes,
                 return
 
 
-_open_streams = 0
+_places: set["Place"] = set()
 
 
-def ensure_room() -> None:
-    """Raise TooManyStreams when this process holds as many streams as it may; asked before anything is stored."""
-    if _open_streams >= settings.STREAMS_AT_ONCE:
-        raise TooManyStreams("This server holds as many streams as it can.", Retry_After="5")
+class Place:
+    """One of the STREAMS_AT_ONCE places of this process, held from before anything is stored to the response's end.
 
+        with Place() as place:
+            ...
+            return place.response(parts)
 
-def sse_response(parts: AsyncGenerator[bytes, None]) -> StreamingHttpResponse:
-    """The response every stream uses."""
-    response = StreamingHttpResponse(_counted(parts), content_type="text/event-stream; charset=utf-8")
-    for name, value in HEADERS.items():
-        response[name] = value
-    return response
+    Raises TooManyStreams when there is none left. Without a response it is given back at the end of the block.
+    """
 
+    def __init__(self) -> None:
+        if len(_places) >= settings.STREAMS_AT_ONCE:
+            raise TooManyStreams("This server holds as many streams as it can.", Retry_After="5")
+        _places.add(self)
+        self._is_taken = False
 
-async def _counted(parts: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    global _open_streams
-    _open_streams += 1
-    _release_thread()
-    try:
-        async with aclosing(parts):
-            async for part in parts:
-                yield part
-    finally:
-        _open_streams -= 1
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._is_taken:
+            self.give_back()
+
+    def give_back(self) -> None:
+        _places.discard(self)
+
+    def response(self, parts: AsyncGenerator[bytes, None]) -> StreamingHttpResponse:
+        """The response every stream uses."""
+        response = StreamingHttpResponse(self._held(parts), content_type="text/event-stream; charset=utf-8")
+        for name, value in HEADERS.items():
+            response[name] = value
+        # Closed by Django whether or not anybody has read of it.
+        response._resource_closers.append(self.give_back)  # type: ignore[attr-defined]
+        self._is_taken = True
+        return response
+
+    async def _held(self, parts: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+        _release_thread()
+        try:
+            async with aclosing(parts):
+                async for part in parts:
+                    yield part
+        finally:
+            self.give_back()
 
 
 def _release_thread() -> None:

@@ -45,7 +45,7 @@ class SessionMetricsView(APIView):
             return Response(figures.session_metrics(request.user.account_id, session_id))
         except figures.NoMetrics as error:
             # Old clients read `error` here, everybody else `detail` (protocol 1.4).
-            body = {**body_of(error, request.request_id), "error": error.detail}
+            body = {**body_of(error, request.request_id), "error": error.detail}  # type: ignore[attr-defined]
             return Response(body, status=error.status)
 
 

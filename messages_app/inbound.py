@@ -1,6 +1,7 @@
 """What a client may send to the stream endpoint: bytes to one of four typed messages, or a refusal (protocol 3.1)."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -119,7 +120,7 @@ def _hitl_decision(session_id: str, message: dict[str, Any]) -> HitlDecision:
     return HitlDecision(session_id, call_id, decision, arguments, feedback)
 
 
-_READERS = {
+_READERS: dict[str, Callable[[str, dict[str, Any]], Inbound]] = {
     "user_message": _user_message,
     "switch_agent": _switch_agent,
     "tool_result": _tool_result,

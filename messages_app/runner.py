@@ -39,6 +39,7 @@ class EmbeddedRunner:
         self._loops: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
+        get_model()  # imports what it needs now, not while the first turns wait
         feed.attach(asyncio.get_running_loop(), on_wake=self._wake.set)
         self._loops = [
             asyncio.create_task(self._claim_for_ever()),

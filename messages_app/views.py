@@ -11,7 +11,7 @@ from rest_framework.views import APIView
 
 from events_app.chunks import ErrorShown
 from events_app.frames import DONE, unnumbered_wire
-from events_app.stream import ensure_room, sse_response, to_wire
+from events_app.stream import Place, to_wire
 from messages_app import inbound
 from messages_app.history import history
 from messages_app.orchestration import Frames, MessageOrchestrationService, Refused
@@ -21,14 +21,14 @@ from orchestrator_site.http import allow
 @allow("POST")
 async def message_stream(request: HttpRequest) -> HttpResponseBase:
     """POST /agent/message/stream: everything that can be refused is refused before the stream begins."""
-    ensure_room()
-    message, tokens = inbound.parse(request.body, request.headers.get("Content-Type", ""))
-    frames = MessageOrchestrationService(request.caller).receive(message)  # type: ignore[attr-defined]
-    try:
-        await anext(frames)
-    except Refused as refused:
-        return sse_response(_refusal(refused.chunk))
-    return sse_response(_answer(frames, tokens))
+    with Place() as place:
+        message, tokens = inbound.parse(request.body, request.headers.get("Content-Type", ""))
+        frames = MessageOrchestrationService(request.caller).receive(message)  # type: ignore[attr-defined]
+        try:
+            await anext(frames)
+        except Refused as refused:
+            return place.response(_refusal(refused.chunk))
+        return place.response(_answer(frames, tokens))
 
 
 async def _answer(frames: Frames, tokens: bool) -> AsyncGenerator[bytes, None]:

@@ -21,14 +21,15 @@ class Environment:
 
     def __init__(self, env_file: Path) -> None:
         # A class of its own, because reading a file writes to the class. An empty value means "not set".
-        self._env = type("Read", (environ.Env,), {"ENVIRON": {k: v for k, v in os.environ.items() if v}})()
-        self._env.escape_proxy = True
+        reader: Any = type("Read", (environ.Env,), {"ENVIRON": {k: v for k, v in os.environ.items() if v}})
         if env_file.is_file():
-            self._env.read_env(env_file)
+            reader.read_env(env_file)
+        # Taken as they are: its methods hold a value that begins with `$` for the name of another variable.
+        self._values: dict[str, str] = reader.ENVIRON
         self.names: list[str] = []
 
     def has(self, name: str) -> bool:
-        return bool(self._env.str(name, default=""))
+        return bool(self._values.get(name))
 
     def text(self, name: str, default: str) -> str:
         return self._read(name, default, str)
@@ -74,17 +75,17 @@ class Environment:
 
     def database(self, name: str, default: str) -> dict[str, Any]:
         def cast(raw: str) -> dict[str, Any]:
-            if raw.partition(":")[0] != "sqlite":
+            if not raw.startswith("sqlite:///"):
                 raise ValueError("has to start with sqlite:///")
             return dict(environ.Env.db_url_config(raw))
 
         self.names.append(name)
-        return self._cast(name, self._env.str(name, default=default), cast)
+        return self._cast(name, self._values.get(name) or default, cast)
 
     def _read(self, name: str, default: T, cast: Callable[[str], T]) -> T:
         self.names.append(name)
-        raw = self._env.str(name, default=None)
-        return default if raw is None or raw == "" else self._cast(name, raw, cast)
+        raw = self._values.get(name)
+        return self._cast(name, raw, cast) if raw else default
 
     @staticmethod
     def _cast(name: str, raw: str, cast: Callable[[str], T]) -> T:

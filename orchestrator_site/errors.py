@@ -14,7 +14,7 @@ class APIError(Exception):
     `detail` is a text, or the list that protocol 1.4 has for a body or query that does not fit its schema.
     """
 
-    status = status.HTTP_400_BAD_REQUEST
+    status: int = status.HTTP_400_BAD_REQUEST
     code = "bad_request"
 
     def __init__(self, detail: str | list[dict[str, Any]], **headers: str) -> None:

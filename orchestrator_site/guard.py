@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from django.conf import settings
 
 from orchestrator_site.errors import APIError, BadRequest, TooLarge, UnsupportedMedia, body_of
+
+logger = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -28,6 +31,10 @@ class BodyTimeout(APIError):
 
 class _Gone(Exception):
     """The client left before its body was complete: nobody to answer."""
+
+
+class _Stalled(Exception):
+    """The reader of a response takes nothing any more."""
 
 
 class Guard:
@@ -51,7 +58,17 @@ class Guard:
         except APIError as error:
             await _refuse(send, error)
         else:
-            await self.app(scope, _replay(body, receive), _bounded(send))
+            await self._serve(scope, _replay(body, receive), send)
+
+    async def _serve(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Cut a reader that takes nothing for STREAM_STALL_SECONDS; it resumes where it was."""
+        watch = _StallWatch(send, settings.STREAM_STALL_SECONDS)
+        try:
+            await self.app(scope, receive, watch.send)
+        except _Stalled:
+            logger.warning("reader_stalled", extra={"path": scope["path"]})
+        finally:
+            watch.stop()
 
 
 def _check_head(scope: MutableMapping[str, Any]) -> None:
@@ -101,23 +118,41 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _bounded(send: Send) -> Send:
-    """Cut a reader that takes nothing for STREAM_STALL_SECONDS; it resumes where it was."""
+class _StallWatch:
+    """Ends a `send` that waits too long for its reader, with one timer for a response instead of one for each token."""
 
-    async def bounded(message: Message) -> None:
-        async with asyncio.timeout(settings.STREAM_STALL_SECONDS):
-            await send(message)
+    def __init__(self, send: Send, seconds: float) -> None:
+        self._send = send
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._sender: asyncio.Task[Any] | None = None
+        self._since = 0.0
+        self._fired = False
+        self._timer = self._loop.call_later(seconds, self._look)
 
-    return bounded
+    async def send(self, message: Message) -> None:
+        self._since = self._loop.time()
+        self._sender = asyncio.current_task()
+        try:
+            await self._send(message)
+        except asyncio.CancelledError:
+            if not self._fired or self._sender is None:
+                raise
+            self._sender.uncancel()
+            raise _Stalled from None
+        finally:
+            self._sender = None
 
+    def stop(self) -> None:
+        self._timer.cancel()
 
-async def _refuse_socket(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-    """No path takes a WebSocket; asked for one, Django would fail."""
-    await receive()
-    if "websocket.http.response" in scope.get("extensions", {}):
-        await _refuse(send, BadRequest("This path takes no WebSocket."), "websocket.http.response")
-    else:  # daphne: a bare 403
-        await send({"type": "websocket.close"})
+    def _look(self) -> None:
+        waited = self._loop.time() - self._since if self._sender is not None else 0.0
+        if self._sender is not None and waited >= self._seconds:
+            self._fired = True
+            self._sender.cancel()
+        else:
+            self._timer = self._loop.call_later(self._seconds - waited, self._look)
 
 
 async def _refuse(send: Send, error: APIError, answer: str = "http.response") -> None:

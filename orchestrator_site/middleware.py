@@ -41,7 +41,7 @@ class RequestMiddleware:
     async def __call__(self, request: HttpRequest) -> HttpResponseBase:
         shown = request.headers.get("X-Request-ID", "")
         request.request_id = shown if REQUEST_ID.fullmatch(shown) else uuid.uuid4().hex  # type: ignore[attr-defined]
-        logs.request_id.set(request.request_id)  # type: ignore[attr-defined] (each request has its own context)
+        logs.request_id.set(request.request_id)  # type: ignore[attr-defined]  # each request has its own context
         response = await self._respond(request)
         response["X-Request-ID"] = request.request_id  # type: ignore[attr-defined]
         response.setdefault("X-Content-Type-Options", "nosniff")

@@ -16,7 +16,7 @@ from events_app import log
 from events_app.chunks import StreamReset, encode
 from events_app.database import hop
 from events_app.frames import Frame
-from events_app.stream import ensure_room, follow, sse_response, to_wire, until_old
+from events_app.stream import Place, follow, to_wire, until_old
 from orchestrator_site.errors import BadRequest, Invalid
 from orchestrator_site.http import allow, boolean, json_body, whole_number, wire_time
 from sessions_app import lifecycle
@@ -154,11 +154,11 @@ def detailed(session: Session, messages: list[dict[str, Any]] | None) -> dict[st
 @allow("GET")
 async def session_stream(request: HttpRequest, session_id: str) -> HttpResponseBase:
     """GET /sessions/{session_id}/stream: everything of the session, live, from any position (protocol 2.11)."""
-    ensure_room()
-    asked = _position(request)
-    caller: Caller = request.caller  # type: ignore[attr-defined]
-    after, reset = await hop(_starting_point, caller, session_id, asked)
-    return sse_response(until_old(_everything(session_id, after, reset)))
+    with Place() as place:
+        asked = _position(request)
+        caller: Caller = request.caller  # type: ignore[attr-defined]
+        after, reset = await hop(_starting_point, caller, session_id, asked)
+        return place.response(until_old(_everything(session_id, after, reset)))
 
 
 async def _everything(session_id: str, after: int, reset: Frame | None) -> AsyncGenerator[bytes, None]:

@@ -19,7 +19,7 @@ from events_app.feed import QUEUE_FRAMES, feed
 from events_app.frames import Frame
 from events_app.stream import follow
 from tests.scripted_llm import Gate, ScriptedLLM, gated, say, silence
-from tests.server import AUTH, Server, eventually, running, until
+from tests.server import AUTH, KEY, Server, eventually, running, until
 from tests.server import Frame as SentFrame
 
 STREAMS = 200
@@ -275,3 +275,25 @@ def test_one_stream_too_many_is_refused_with_nothing_stored(tmp_path: Path, llm:
 def _admitted(server: Server, session_id: str) -> bool:
     with server.http.stream("GET", f"/sessions/{session_id}/stream") as response:
         return response.status_code == 200
+
+
+def test_a_reader_that_takes_nothing_is_cut_and_the_turn_goes_on(
+    tmp_path: Path, migrated: Path, llm: ScriptedLLM
+) -> None:
+    text = "x" * 900
+    llm.script(say(text * 6_000, pieces=[text] * 6_000))
+    limits = {"STREAM_STALL_SECONDS": "1", "TURN_MAX_OUTPUT_CHARS": "9000000"}
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, **limits) as server:
+        server.post({"type": "switch_agent", "agent_type": "coder"}, "stalled")
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(("127.0.0.1", server.port))
+            head = f"GET /sessions/stalled/stream HTTP/1.1\r\nHost: localhost\r\nX-Internal-Auth: {KEY}\r\n\r\n"
+            reader.sendall(head.encode())
+            reader.recv(64)
+
+            server.say("stalled", "talk a lot")
+
+            eventually(lambda: "reader_stalled" in server.log.read_text())
+        assert "Traceback" not in server.log.read_text()
+        assert server.history("stalled")[-1] == ("assistant", text * 6_000)

@@ -9,7 +9,7 @@ from rest_framework.views import APIView
 
 from agents_app import handoffs
 from agents_app.models import Agent
-from orchestrator_site.http import boolean, json_body, wire_time
+from orchestrator_site.http import boolean, caller_in, json_body, wire_time
 from sessions_app.models import Session
 from sessions_app.views import StrictText, validated
 
@@ -34,7 +34,7 @@ class CurrentAgentView(APIView):
 
     def get(self, request: Request, session_id: str) -> Response:
         wants_history = boolean(request.GET, "include_history", False)
-        session = Session.objects.one_visible_to(request.user, session_id)
+        session = Session.objects.one_visible_to(caller_in(request), session_id)
         return Response(context_of(session, include_history=wants_history))
 
 
@@ -44,7 +44,7 @@ class SwitchView(APIView):
     def post(self, request: Request, session_id: str) -> Response:
         asked = validated(SwitchRequest, json_body(request))
         session = handoffs.switch(
-            request.user,
+            caller_in(request),
             session_id,
             asked["target_agent"],
             reason=asked["reason"],

@@ -77,14 +77,14 @@ def page(session_id: str, after: int) -> tuple[list[Frame], bool]:
         StreamBatch.objects.numbered()
         .filter(session_id=session_id, last_seq__gt=after)
         .order_by("last_seq")[:PAGE]
-        .values_list("origin", "frames", "closes", "last_seq")
+        .only("origin", "frames", "closes", "last_seq")
     )
-    return [frame for row in rows for frame in _frames(*row) if frame.seq > after], len(rows) == PAGE
+    return [frame for row in rows for frame in _frames(row) if frame.seq > after], len(rows) == PAGE
 
 
-def _frames(origin: str, stored: list[tuple[int, str]], closes: bool, last_seq: int) -> Iterator[Frame]:
-    for seq, body in stored:
-        yield Frame.of(seq, origin, body, closes=closes and seq == last_seq)
+def _frames(batch: StreamBatch) -> Iterator[Frame]:
+    for seq, body in batch.frames:
+        yield Frame.of(seq, batch.origin, body, closes=batch.closes and seq == batch.last_seq)
 
 
 def oldest_kept(session_id: str) -> int | None:

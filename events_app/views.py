@@ -6,14 +6,14 @@ from rest_framework.views import APIView
 
 from events_app import figures
 from orchestrator_site.errors import body_of
-from orchestrator_site.http import text, whole_number
+from orchestrator_site.http import caller_in, text, whole_number
 
 
 class MetricsView(APIView):
     """GET /events/metrics"""
 
     def get(self, request: Request) -> Response:
-        return Response(figures.metrics(request.user.account_id))
+        return Response(figures.metrics(caller_in(request).account_id))
 
 
 class AuditLogView(APIView):
@@ -22,7 +22,7 @@ class AuditLogView(APIView):
     def get(self, request: Request) -> Response:
         return Response(
             figures.audit_log(
-                request.user.account_id,
+                caller_in(request).account_id,
                 session_id=text(request.GET, "session_id"),
                 event_type=text(request.GET, "event_type"),
                 limit=whole_number(request.GET, "limit", 100, at_least=1, at_most=1000),
@@ -34,7 +34,7 @@ class StatisticsView(APIView):
     """GET /events/stats"""
 
     def get(self, request: Request) -> Response:
-        return Response(figures.statistics(request.user.account_id))
+        return Response(figures.statistics(caller_in(request).account_id))
 
 
 class SessionMetricsView(APIView):
@@ -42,7 +42,7 @@ class SessionMetricsView(APIView):
 
     def get(self, request: Request, session_id: str) -> Response:
         try:
-            return Response(figures.session_metrics(request.user.account_id, session_id))
+            return Response(figures.session_metrics(caller_in(request).account_id, session_id))
         except figures.NoMetrics as error:
             # Old clients read `error` here, everybody else `detail` (protocol 1.4).
             body = {**body_of(error, request.request_id), "error": error.detail}  # type: ignore[attr-defined]
@@ -53,4 +53,4 @@ class SessionsWithMetricsView(APIView):
     """GET /events/metrics/sessions"""
 
     def get(self, request: Request) -> Response:
-        return Response(figures.sessions_with_metrics(request.user.account_id))
+        return Response(figures.sessions_with_metrics(caller_in(request).account_id))

@@ -15,7 +15,7 @@ from events_app.stream import Place, to_wire
 from messages_app import inbound
 from messages_app.history import history
 from messages_app.orchestration import Frames, MessageOrchestrationService, Refused
-from orchestrator_site.http import allow
+from orchestrator_site.http import allow, caller_in
 
 
 @allow("POST")
@@ -46,4 +46,4 @@ class HistoryView(APIView):
     """GET /sessions/{session_id}/history"""
 
     def get(self, request: Request, session_id: str) -> Response:
-        return Response(history(request.user, session_id))
+        return Response(history(caller_in(request), session_id))

@@ -10,7 +10,8 @@ from django.core.asgi import get_asgi_application
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orchestrator_site.settings")
 django_application = get_asgi_application()
 
-from messages_app.runner import EmbeddedRunner  # noqa: E402 (needs the apps)
+from events_app.database import close_threads  # noqa: E402 (needs the apps)
+from messages_app.runner import EmbeddedRunner  # noqa: E402
 from orchestrator_site.guard import App, Guard, Receive, Send  # noqa: E402
 
 
@@ -35,6 +36,7 @@ class Application:
         await receive()
         if self.runner is not None:
             await self.runner.stop()
+            close_threads()
         await send({"type": "lifespan.shutdown.complete"})
 
     def _ensure_runner(self) -> None:

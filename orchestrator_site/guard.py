@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+App = Callable[..., Awaitable[None]]
 
 
 class HeadersTooLarge(APIError):
@@ -153,6 +153,15 @@ class _StallWatch:
             self._sender.cancel()
         else:
             self._timer = self._loop.call_later(self._seconds - waited, self._look)
+
+
+async def _refuse_socket(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """No path takes a WebSocket; asked for one, Django would fail."""
+    await receive()
+    if "websocket.http.response" in scope.get("extensions", {}):
+        await _refuse(send, BadRequest("This path takes no WebSocket."), "websocket.http.response")
+    else:  # daphne: a bare 403
+        await send({"type": "websocket.close"})
 
 
 async def _refuse(send: Send, error: APIError, answer: str = "http.response") -> None:

@@ -18,7 +18,7 @@ from sessions_app.callers import caller_of
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = {"/health", "/api/v1/health", "/healthz", "/readyz", "/docs", "/schema", "/favicon.ico"}
+OPEN_PATHS = {"/health", "/api/v1/health", "/healthz", "/readyz", "/docs", "/schema", "/favicon.ico", "/admin"}
 OPEN_PREFIXES = ("/admin/", "/static/")
 RETRY_AFTER = "5"  # seconds, where the refusal itself does not say
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -42,7 +42,7 @@ def main() -> None:
         host=settings.HOST,
         port=settings.PORT,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="httptools",
+        http="orchestrator_site.protocol:BoundedHeadProtocol",
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -79,11 +79,20 @@ def append(env_file: Path, values: dict[str, str]) -> None:
 
 def prepare_database() -> str | None:
     """Migrate, and make a superuser when there is nobody; the password if one was made up for it."""
-    from django.conf import settings
-    from django.contrib.auth import get_user_model
     from django.core.management import call_command
+    from django.db import connections
 
     call_command("migrate", verbosity=0, interactive=False)
+    try:
+        return ensure_superuser()
+    finally:
+        connections.close_all()
+
+
+def ensure_superuser() -> str | None:
+    from django.conf import settings
+    from django.contrib.auth import get_user_model
+
     users = get_user_model()
     if users.objects.filter(is_superuser=True).exists():
         return None

@@ -184,7 +184,8 @@ REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": ["sessions_app.callers.CallerAuthentication"],
     "DEFAULT_PERMISSION_CLASSES": ["sessions_app.callers.IsCaller"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
-    "DEFAULT_PARSER_CLASSES": ["orchestrator_site.http.StrictJSONParser"],
+    "DEFAULT_PARSER_CLASSES": [],  # views read their body with `http.json_body`
+    "DEFAULT_METADATA_CLASS": None,
     "DEFAULT_CONTENT_NEGOTIATION_CLASS": "orchestrator_site.http.AlwaysJSON",
     "EXCEPTION_HANDLER": "orchestrator_site.errors.to_response",
     "UNAUTHENTICATED_USER": None,

@@ -1,7 +1,8 @@
 """Every path of the contract without a prefix and the same under /api/v1."""
 
 from django.contrib import admin
-from django.urls import include, path
+from django.urls import URLPattern, URLResolver, include, path
+from django.views.generic import RedirectView
 
 import agents_app.urls
 import events_app.urls
@@ -13,7 +14,7 @@ from orchestrator_site.http import SESSION_PATH
 from orchestrator_site.views import HealthView
 from sessions_app.views import SessionView
 
-contract = [
+contract: list[URLPattern | URLResolver] = [
     path("health", HealthView.as_view()),
     path("", include(sessions_app.urls)),
     path(f"sessions/{SESSION_PATH}", on_database_thread(SessionView.as_view(messages_of=staticmethod(messages_of)))),
@@ -23,6 +24,7 @@ contract = [
 ]
 urlpatterns = [
     path("admin/", admin.site.urls),
+    path("admin", RedirectView.as_view(url="/admin/")),
     *contract,
     path("api/v1/", include(contract)),
 ]

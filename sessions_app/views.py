@@ -18,7 +18,7 @@ from events_app.database import hop
 from events_app.frames import Frame
 from events_app.stream import Place, follow, to_wire, until_old
 from orchestrator_site.errors import BadRequest, Invalid
-from orchestrator_site.http import allow, boolean, json_body, whole_number, wire_time
+from orchestrator_site.http import allow, boolean, caller_in, json_body, whole_number, wire_time
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
 from sessions_app.models import Session
@@ -69,7 +69,7 @@ class SessionsView(APIView):
         session_id = validated(NewSession, body_or_nothing(request)).get("session_id")
         if session_id is not None:
             lifecycle.valid_session_id(session_id)
-        session = lifecycle.create(request.user, session_id)
+        session = lifecycle.create(caller_in(request), session_id)
         return Response(
             {
                 "id": session.pk,
@@ -85,7 +85,7 @@ class SessionsView(APIView):
     def get(self, request: Request) -> Response:
         limit = whole_number(request.GET, "limit", 100, at_least=1, at_most=1000)
         offset = whole_number(request.GET, "offset", 0, at_least=0)
-        sessions = Session.objects.visible_to(request.user)
+        sessions = Session.objects.visible_to(caller_in(request))
         if boolean(request.GET, "active_only", True):
             sessions = sessions.filter(is_active=True)
         page = sessions.order_by("-last_activity", "pk")[offset : offset + limit]
@@ -106,16 +106,16 @@ class SessionView(APIView):
 
     def get(self, request: Request, session_id: str) -> Response:
         wants_messages = boolean(request.GET, "include_messages", False)
-        session = Session.objects.one_visible_to(request.user, session_id)
+        session = Session.objects.one_visible_to(caller_in(request), session_id)
         assert self.messages_of is not None  # noqa: S101 (urls.py passes it)
         return Response(detailed(session, self.messages_of(session) if wants_messages else None))
 
     def patch(self, request: Request, session_id: str) -> Response:
         title = validated(NewTitle, json_body(request))["title"]
-        return Response(detailed(lifecycle.rename(request.user, session_id, title), None))
+        return Response(detailed(lifecycle.rename(caller_in(request), session_id, title), None))
 
     def delete(self, request: Request, session_id: str) -> Response:
-        lifecycle.delete(request.user, session_id)
+        lifecycle.delete(caller_in(request), session_id)
         return Response(status=204)
 
 
@@ -125,7 +125,7 @@ class CancelView(APIView):
     def post(self, request: Request, session_id: str) -> Response:
         if not isinstance(body_or_nothing(request), dict):
             raise Invalid("Has to be an object.", "body", kind="dict_type")
-        turn_id = lifecycle.cancel(request.user, session_id)
+        turn_id = lifecycle.cancel(caller_in(request), session_id)
         return Response({"session_id": session_id, "cancelled_turn": str(turn_id) if turn_id else None})
 
 

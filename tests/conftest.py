@@ -23,10 +23,12 @@ def server(tmp_path: Path, llm: ScriptedLLM, migrated: Path) -> Iterator[Server]
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty, migrated database file, made once and copied for every server."""
+    """The database file of a fresh installation, made once and copied for every server."""
     fresh = Server(tmp_path_factory.mktemp("migrated"))
-    outcome = fresh.manage("migrate", "-v0")
-    assert outcome.returncode == 0, outcome.stderr
+    fresh.http.close()
+    for command in (["migrate", "-v0"], ["createsuperuser", "--noinput", "--username=admin", "--email="]):
+        outcome = fresh.manage(*command)
+        assert outcome.returncode == 0, outcome.stderr
     return fresh.database
 
 

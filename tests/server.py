@@ -38,6 +38,12 @@ class Frame:
     spaced: bool
 
     @property
+    def seq(self) -> int:
+        """The number of a frame that has one."""
+        assert self.id is not None, self.data
+        return self.id
+
+    @property
     def type(self) -> str:
         return str(self.data.get("type"))
 
@@ -70,6 +76,8 @@ class Server:
             "PATH": os.environ["PATH"],
             "SECRET_KEY": "s" * 50,
             "INTERNAL_API_KEY": KEY,
+            "DJANGO_SUPERUSER_PASSWORD": "not-asked-for-here",
+            "PORT": str(self.port),
             "DATABASE_URL": f"sqlite:///{self.database}",
             "DEMO_WORD_DELAY": "0",
             "TURN_LEASE_SECONDS": "2",
@@ -89,7 +97,7 @@ class Server:
 
     def start(self) -> None:
         commands = {
-            "uvicorn": ["uvicorn", "orchestrator_site.asgi:application", "--port", str(self.port), "--no-access-log"],
+            "uvicorn": ["orchestrator_site.serve"],  # what `make run` starts
             "daphne": ["daphne", "-b", "127.0.0.1", "-p", str(self.port), "orchestrator_site.asgi:application"],
         }
         with self.log.open("ab") as log:

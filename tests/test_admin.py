@@ -186,7 +186,7 @@ def make_conversation(session_id: str = "s_1") -> Session:
     turn = make_answered_turn(session, "What is this?", "A test.")
     session.hand_over("coder", reason="It is about code.", confidence="high", turn_id=turn.pk)
     session.hand_over("ask", reason="By hand.", confidence=None, turn_id=None)
-    lifecycle.record(session, "agent.switched", turn_id=turn.pk, reason="It is about code.")
+    log.record(lifecycle.fact(session, "agent.switched", turn_id=turn.pk, reason="It is about code."))
     make_model_call(session, turn)
     session.refresh_from_db()
     return session
@@ -612,7 +612,7 @@ def test_a_list_has_fifty_rows_however_many_are_asked_for(operator: Client) -> N
 
 def test_events_are_found_by_type_and_by_session(auditor: Client) -> None:
     mine, other = make_conversation("mine"), make_conversation("other")
-    log.record("agent.error.occurred", account_id=1, session_id="gone", source="agent")
+    log.record(log.fact("agent.error.occurred", account_id=1, session_id="gone"))
 
     by_type = Page(auditor.get(list_of(Event), {"event_type": "agent.switched"}).content.decode()).text
     found = auditor.get(reverse("admin:sessions_app_session_events", args=[mine.pk]), follow=True)

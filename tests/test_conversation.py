@@ -16,8 +16,8 @@ def text_of(frames: list[Frame]) -> str:
     """The text that a client shows: deltas in the order of their numbers, void ones dropped."""
     restarted = [frame for frame in frames if frame.type == "restarted"]
     for restart in restarted:
-        void = range(restart.data["metadata"]["discard_after"] + 1, restart.id or 0)
-        frames = [frame for frame in frames if frame.id not in void]
+        void = range(restart.data["metadata"]["discard_after"] + 1, restart.seq)
+        frames = [frame for frame in frames if frame.seq not in void]
     return "".join(frame.data["token"] for frame in frames if "token" in frame.data)
 
 
@@ -48,7 +48,7 @@ def test_ten_messages_with_faults_in_between(server: Server, llm: ScriptedLLM) -
     with server.streaming(user("3 Write it"), session_id) as answer:
         seen = until(answer, "assistant_message")
     gate.open()
-    with server.following(session_id, after=seen[-1].id or 0) as stream:
+    with server.following(session_id, after=seen[-1].seq) as stream:
         seen += until(stream, "turn_finished")
     assert text_of(seen) == "class Shop: pass"
 
@@ -80,7 +80,7 @@ def test_ten_messages_with_faults_in_between(server: Server, llm: ScriptedLLM) -
             list(answer)
     gate.open()
     server.start()
-    with server.following(session_id, after=seen[-1].id or 0) as stream:
+    with server.following(session_id, after=seen[-1].seq) as stream:
         seen += until(stream, "turn_finished")
     assert text_of(seen) == "Released."
 
@@ -138,7 +138,7 @@ def test_ten_messages_with_faults_in_between(server: Server, llm: ScriptedLLM) -
         frames: list[Frame] = []
         while sum(frame.type == "turn_finished" for frame in frames) < 10:
             frames += until(stream, "turn_finished")
-    numbers = [frame.id for frame in frames]
+    numbers = [frame.seq for frame in frames]
     assert numbers == sorted(set(numbers))
     assert [frame.data["status"] for frame in frames if frame.type == "turn_finished"] == (
         ["completed"] * 7 + ["cancelled", "failed", "completed"]

@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 from django.db.models import F
 
+from events_app import log
 from events_app.chunks import AssistantText
 from events_app.models import StreamBatch
 from messages_app.turn_stream import Step, TurnStream
@@ -33,10 +34,10 @@ def make_old() -> None:
 def test_old_frames_are_pruned_and_a_reader_of_them_is_reset_to_the_oldest_kept() -> None:
     session = make_session()
     finish_a_turn(session)
-    old = list(StreamBatch.objects.values_list("last_seq", flat=True))
+    old = [frame.seq for frame in log.page("s", 0)[0]]
     make_old()
     finish_a_turn(session)
-    kept = min(StreamBatch.objects.exclude(last_seq__in=old).values_list("first_seq", flat=True))
+    kept = log.page("s", old[-1])[0][0].seq
 
     retention.prune_streams()
 

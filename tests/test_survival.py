@@ -71,7 +71,7 @@ def test_a_client_that_leaves_stops_nothing(server: Server, llm: ScriptedLLM, se
         seen = until(answer, "assistant_message")
     gate.open()
 
-    rest = whole_stream(server, session_id, after=seen[-1].id or 0)
+    rest = whole_stream(server, session_id, after=seen[-1].seq)
 
     said = [frame.data["token"] for frame in [*seen, *rest] if "token" in frame.data]
     assert "".join(said) == "Half a sentence."
@@ -88,7 +88,7 @@ def test_a_stream_resumed_from_any_number_is_byte_identical(server: Server, llm:
     uncut = raw_stream(server, session_id, 0, end)
 
     for frame in frames[:-1]:
-        rest = raw_stream(server, session_id, frame.id or 0, end)
+        rest = raw_stream(server, session_id, frame.seq, end)
         at = uncut.index(f"id: {frame.id}\n".encode())
         assert uncut[at:].split(b"\n\n", 1)[1] == rest
 
@@ -133,7 +133,7 @@ def test_a_position_that_never_was_is_answered_by_a_reset(server: Server, sessio
 
     assert frames[0].type == "stream_reset"
     assert frames[0].data["metadata"]["from"] == frames[1].id
-    assert frames[0].id == (frames[1].id or 0) - 1
+    assert frames[0].id == frames[1].seq - 1
 
 
 def test_kill_9_in_the_middle_of_an_answer_loses_and_doubles_nothing(
@@ -151,13 +151,13 @@ def test_kill_9_in_the_middle_of_an_answer_loses_and_doubles_nothing(
     gate.open()
     server.start()
 
-    rest = whole_stream(server, session_id, after=seen[-1].id or 0)
+    rest = whole_stream(server, session_id, after=seen[-1].seq)
 
     restarted = next(frame for frame in rest if frame.type == "restarted")
     discard_after = restarted.data["metadata"]["discard_after"]
-    valid = [frame for frame in [*seen, *rest] if (frame.id or 0) <= discard_after or frame.id > restarted.id]
+    valid = [frame for frame in [*seen, *rest] if frame.seq <= discard_after or frame.seq > restarted.seq]
     assert "".join(frame.data["token"] for frame in valid if "token" in frame.data) == "A whole sentence."
-    numbers = [frame.id for frame in [*seen, *rest]]
+    numbers = [frame.seq for frame in [*seen, *rest]]
     assert numbers == sorted(set(numbers)), "no number is used twice"
     assert server.history(session_id) == [("user", "go"), ("assistant", "A whole sentence.")]
     assert turn_statuses(server, session_id) == ["completed"]
@@ -208,7 +208,7 @@ def test_kill_9_at_random_moments_under_load_loses_and_doubles_nothing(server: S
         assert len(asked) == len(set(asked)), f"seed {seed}"
         assert history == [pair for text in asked for pair in (("user", text), ("assistant", LONG))], f"seed {seed}"
         if asked:
-            numbers = [frame.id for frame in whole_stream(server, session_id)]
+            numbers = [frame.seq for frame in whole_stream(server, session_id)]
             assert numbers == sorted(set(numbers)), f"seed {seed}"
     assert llm.refused == [], f"seed {seed}"
 
@@ -224,6 +224,7 @@ def test_a_stop_hands_the_turn_over_and_the_next_start_goes_on_at_once(
         with server.streaming(user("go"), session_id) as answer:
             until(answer, "assistant_message")
         assert server.stop() in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it has obeyed
+        assert not server.database.with_name(f"{server.database.name}-wal").exists(), "one file holds everything"
         gate.open()
         server.start()
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.scripted_llm import Gate, ScriptedLLM, call, drop, empty, hold, html, say, status
+from tests.scripted_llm import Gate, Reply, ScriptedLLM, call, drop, empty, hold, html, say, status
 from tests.server import Frame, Server, eventually, until
 
 pytestmark = pytest.mark.usefixtures("played")
@@ -371,7 +371,7 @@ def test_fifty_messages_at_once_keep_the_order_of_acceptance(
     ],
 )
 def test_a_model_fault_is_a_clear_error_and_the_session_stays_usable(
-    server: Server, played: ScriptedLLM, session_id: str, reply: object, code: str
+    server: Server, played: ScriptedLLM, session_id: str, reply: Reply, code: str
 ) -> None:
     on_agent(server, session_id, "coder")
     played.script(reply, say("Back again."))

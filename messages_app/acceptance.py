@@ -43,7 +43,8 @@ def user_message(message: UserMessage, caller: Caller) -> Accepted:
         handoffs.ensure_known(message.agent_type)
     session = lifecycle.locked_or_created(caller, message.session_id)
     # One that is being worked on and TURN_QUEUE_LENGTH behind it.
-    if session.turns.unfinished().count() > settings.TURN_QUEUE_LENGTH:
+    unfinished = session.turns.unfinished().count()
+    if unfinished > settings.TURN_QUEUE_LENGTH:
         raise QueueFull("This session has as many messages waiting as it may.", Retry_After="5")
     requested = message.agent_type or ""
     if requested and session.turn_count == 0 and session.switch_count == 0:
@@ -62,4 +63,4 @@ def user_message(message: UserMessage, caller: Caller) -> Accepted:
     )
     log.record(lifecycle.fact(session, "session.message.added", turn_id=turn.pk, role="user", sent_by=caller.name))
     transaction.on_commit(feed.wake_runner)
-    return Accepted(session.pk, turn.pk, lifecycle.position(session))
+    return Accepted(session.pk, turn.pk, lifecycle.position(session) if unfinished else session.next_seq - 1)

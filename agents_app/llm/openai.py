@@ -421,8 +421,13 @@ def _clean(text: str) -> str:
 
 
 def _usage(reported: dict[str, Any]) -> Usage:
-    prompt, completion = int(reported.get("prompt_tokens") or 0), int(reported.get("completion_tokens") or 0)
-    return Usage(prompt, completion, int(reported.get("total_tokens") or prompt + completion))
+    prompt, completion = _tokens(reported, "prompt_tokens"), _tokens(reported, "completion_tokens")
+    return Usage(prompt, completion, _tokens(reported, "total_tokens") or prompt + completion)
+
+
+def _tokens(reported: dict[str, Any], name: str) -> int:
+    """A count that a database column holds, whatever the provider says."""
+    return min(max(int(reported.get(name) or 0), 0), 1_000_000_000)
 
 
 def _seconds(retry_after: str) -> float:

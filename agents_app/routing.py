@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from agents_app import keywords
+from agents_app.llm import clean
 
 SPECIALISTS = ("coder", "architect", "debug", "ask")
 MAX_READ_CHARS = 8_000
@@ -48,7 +49,8 @@ def read_answer(text: str) -> Route | None:
     reason = answer.get("reasoning")
     return Route(
         agent if agent in SPECIALISTS else "coder",
-        reason[:2_000] if isinstance(reason, str) and reason.strip() else "Chosen by the routing model",
+        # Cleaned like all that a model says: its JSON can spell a NUL and half a surrogate pair once more.
+        clean(reason[:2_000]) if isinstance(reason, str) and reason.strip() else "Chosen by the routing model",
         confidence if confidence in ("low", "medium", "high") else "medium",
     )
 

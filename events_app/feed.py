@@ -21,6 +21,9 @@ class Writer(Protocol):
     def unlogged(self) -> list[Frame]:
         """Frames that were published but are not in the log yet."""
 
+    def last_given(self) -> int:
+        """The highest number that it has given so far."""
+
     def nudge(self) -> None:
         """Somebody stored something that this runner has to look at."""
 
@@ -33,7 +36,7 @@ class Subscription:
         self.frames: deque[Frame] = deque()
         self.reread = False
         self.ended = False
-        self.idle = True
+        self.beat = False
         self._news: asyncio.Future[None] | None = None
 
     def push(self, frames: Sequence[Frame]) -> None:
@@ -47,13 +50,12 @@ class Subscription:
         self.signal()
 
     def signal(self) -> None:
-        self.idle = False
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
     async def news(self) -> None:
-        """Wait until there is something to do; a heartbeat counts, and leaves `idle` set."""
-        if self.frames or self.reread or self.ended:
+        """Wait until there is something to do: frames, something in the log, the end, a heartbeat."""
+        if self.frames or self.reread or self.ended or self.beat:
             return
         self._news = asyncio.get_running_loop().create_future()
         await self._news
@@ -123,13 +125,17 @@ class Feed:
         writer = self._writers.get(session_id)
         return writer.unlogged() if writer else []
 
+    def last_given(self, session_id: str) -> int | None:
+        """The highest number given in a session, when a runner of this process gives them."""
+        writer = self._writers.get(session_id)
+        return writer.last_given() if writer else None
+
     def heartbeat(self) -> None:
-        """Wake every follower that has heard nothing since the last heartbeat, so that it sends a comment."""
+        """Have every follower send a comment: what it was pushed need not be what it sends to its reader."""
         for followers in self._followers.values():
             for subscription in followers:
-                if subscription.idle:
-                    subscription.signal()
-                subscription.idle = True
+                subscription.beat = True
+                subscription.signal()
 
     def _poke(self, session_id: str) -> None:
         for subscription in self._followers.get(session_id, ()):

@@ -56,8 +56,9 @@ async def follow(session_id: str, *, after: int, until: str | None = None) -> As
                     return
                 if not live.frames:
                     await live.news()
-                    if not live.frames and not live.reread and not live.ended:
-                        yield []
+                if live.beat:
+                    live.beat = False
+                    yield []
 
 
 def _fresh(frames: list[Frame], after: int, until: str | None) -> tuple[list[Frame], int, bool]:

@@ -1,5 +1,8 @@
 """Metrics, statistics and the audit log over REST, each of the caller's own account."""
 
+from collections.abc import Callable
+from typing import Any
+
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -38,10 +41,15 @@ class StatisticsView(APIView):
 
 
 class SessionMetricsView(APIView):
-    """GET /events/metrics/session/{session_id}"""
+    """GET /events/metrics/session/{session_id}. Whether there is such a session is told by the app that has them."""
+
+    is_visible: Callable[[Any, str], bool] | None = None
 
     def get(self, request: Request, session_id: str) -> Response:
+        assert self.is_visible is not None  # noqa: S101 (urls.py passes it)
         try:
+            if not self.is_visible(caller_in(request), session_id):
+                raise figures.NoMetrics(f"No metrics found for session {session_id}")
             return Response(figures.session_metrics(caller_in(request).account_id, session_id))
         except figures.NoMetrics as error:
             # Old clients read `error` here, everybody else `detail` (protocol 1.4).

@@ -1,10 +1,11 @@
 """Taking turns to run, keeping them, giving them back: the database side of every runner."""
 
+import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from django.db import transaction
+from django.db import InterfaceError, OperationalError, transaction
 from django.db.models.functions import Now
 
 from events_app import log
@@ -15,15 +16,42 @@ from messages_app.turn_stream import BLOCK
 from sessions_app import lifecycle
 from sessions_app.models import Claim, Session, Turn, lease_end
 
+logger = logging.getLogger(__name__)
+
 CLAIMS_AT_ONCE = 20
+Begun = tuple[Claim, list[Frame]]
 
 
-def claim_turns(owner: str, limit: int) -> list[tuple[Claim, list[Frame]]]:
+def claim_turns(owner: str, limit: int) -> list[Begun]:
     """Take up to `limit` turns that nobody runs, each with the frames that tell its followers so.
 
     One transaction for all of them: with SQLite each costs a sync of the disk.
     """
     candidates = list(Turn.objects.claimable().values_list("pk", "session_id")[: min(limit, CLAIMS_AT_ONCE)])
+    try:
+        return _claim_together(owner, candidates)
+    except (OperationalError, InterfaceError):
+        raise
+    except Exception:
+        logger.exception("claim_failed", extra={"turns": len(candidates)})
+    # A row that cannot be worked with must not keep the others waiting behind it.
+    return [begun for candidate in candidates for begun in _claim_alone(owner, candidate)]
+
+
+def _claim_alone(owner: str, candidate: tuple[uuid.UUID, str]) -> list[Begun]:
+    try:
+        return _claim_together(owner, [candidate])
+    except (OperationalError, InterfaceError):
+        raise
+    except Exception:
+        logger.exception("turn_not_claimable", extra={"turn_id": str(candidate[0])})
+        Turn.objects.unfinished().filter(pk=candidate[0]).update(
+            status=Turn.Status.FAILED, code="internal_error", finished_at=Now(), lease_until=None
+        )
+        return []
+
+
+def _claim_together(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> list[Begun]:
     if not candidates:
         return []
     with transaction.atomic():
@@ -42,7 +70,7 @@ def claim_turns(owner: str, limit: int) -> list[tuple[Claim, list[Frame]]]:
         return claimed
 
 
-def _begin(turn: Turn, session: Session, owner: str, *, waiting: bool) -> tuple[Claim, list[Frame]] | None:
+def _begin(turn: Turn, session: Session, owner: str, *, waiting: bool) -> Begun | None:
     """Claim one turn and reserve its numbers; the last of the frames says that it begins, those before it were left."""
     is_takeover = turn.status == Turn.Status.RUNNING
     first, left = session.next_seq, StreamBatch.objects.unnumbered().filter(session_id=session.pk)
@@ -99,6 +127,7 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
             Turn.objects.select_for_update()
             .held_by(owner)
             .filter(lease_until__gt=Now(), pk__in=[part.claim.turn_id for part in parts])
+            .order_by("pk")
             .values_list("pk", "attempt")
         )
         batches = []
@@ -116,10 +145,16 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
     return logged
 
 
-def renew_leases(owner: str) -> set[str]:
-    """Keep every turn of this runner that it still holds; the sessions in which somebody left it something."""
-    held = Turn.objects.held_by(owner)
-    held.filter(lease_until__gt=Now()).update(lease_until=lease_end())
+def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID]) -> set[str]:
+    """Keep the turns that this runner works on and still holds; the sessions in which somebody left it something.
+
+    Only those it names: one that it has given up on is still its own by name, and has to reach the end of its lease.
+    """
+    held = Turn.objects.held_by(owner).filter(pk__in=turn_ids)
+    with transaction.atomic():
+        # Locked in one order, as the group commit does it.
+        kept = held.select_for_update().filter(lease_until__gt=Now()).order_by("pk").values_list("pk", flat=True)
+        Turn.objects.filter(pk__in=list(kept)).update(lease_until=lease_end())
     waiting = StreamBatch.objects.unnumbered().values("session_id")
     return {
         *held.filter(cancel_requested_at__isnull=False).values_list("session_id", flat=True),

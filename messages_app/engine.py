@@ -65,8 +65,9 @@ class _Run:
             self.agent = scene.agent
             if scene.agent != ORCHESTRATOR:
                 return await self._answer(scene)
-            chosen, spent = await self._choose(scene)
-            await self.stream.commit(partial(steps.route, chosen=chosen, scene=scene, spent=spent))
+            chosen = await self._choose(scene)
+            await self.stream.commit(partial(steps.route, chosen=chosen, scene=scene, spent=self.spent))
+            self.spent = None
 
     async def _answer(self, scene: Scene) -> str:
         finished = await self._ask(scene, "answer", scene.messages, scene.temperature, self._show)
@@ -75,18 +76,17 @@ class _Run:
         await self.stream.commit(partial(steps.complete, text=finished.text, agent=scene.agent, spent=self.spent))
         return "completed"
 
-    async def _choose(self, scene: Scene) -> tuple[Route, Spent | None]:
+    async def _choose(self, scene: Scene) -> Route:
         """Who takes the message. A router that fails in any way is replaced by keywords."""
         if not settings.MULTI_AGENT_MODE:
-            return routing.SINGLE_AGENT, None
+            return routing.SINGLE_AGENT
         chosen = None
         try:
             finished = await self._ask(scene, "routing", routing.question(scene.user_text), 0.3, None)
             chosen = routing.read_answer(finished.text)
         except ModelError as error:
             logger.warning("routing_failed", extra={"turn_id": self.stream.origin, "code": error.code})
-        spent, self.spent = self.spent, None
-        return chosen or routing.fallback(scene.user_text), spent
+        return chosen or routing.fallback(scene.user_text)
 
     async def _ask(
         self,

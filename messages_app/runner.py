@@ -6,10 +6,11 @@ import os
 import socket
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 from django.conf import settings
-from django.db import DatabaseError
+from django.db import InterfaceError, OperationalError
 
 from agents_app.llm import close_model, get_model
 from events_app.database import hop
@@ -45,8 +46,8 @@ class EmbeddedRunner:
             asyncio.create_task(self._claim_for_ever()),
             asyncio.create_task(_every(settings.STREAM_COMMIT_SECONDS, self._commit_deltas)),
             asyncio.create_task(_every(settings.TURN_LEASE_RENEWAL_SECONDS, self._renew)),
-            # A follower hears from us at the latest at the second beat of a silence.
-            asyncio.create_task(_every(settings.STREAM_HEARTBEAT_SECONDS / 2, _heartbeat)),
+            # Well within the longest silence that is promised: a beat may come late.
+            asyncio.create_task(_every(settings.STREAM_HEARTBEAT_SECONDS * 2 / 3, _heartbeat)),
             asyncio.create_task(_every(PRUNE_SECONDS, _prune)),
         ]
 
@@ -94,7 +95,7 @@ class EmbeddedRunner:
             except Stopping:
                 await _try(_hand_over(stream))
                 logger.info("turn_handed_over", extra=ids)
-            except DatabaseError:
+            except (OperationalError, InterfaceError):
                 # Whether the last write counts is unknown. The lease runs out, and the next claim sees what is stored.
                 logger.exception("turn_abandoned", extra=ids)
             except Exception:
@@ -111,23 +112,22 @@ class EmbeddedRunner:
         streams = [stream for stream in self._streams.values() if stream.has_news]
         if not streams:
             return
-        for stream in streams:
-            await stream.lock.acquire()  # free, or `has_news` would be false: does not wait
-        try:
+        async with AsyncExitStack() as locks:
+            for stream in streams:
+                await locks.enter_async_context(stream.lock)
+            # A commit of its own may have been faster.
+            streams = [stream for stream in streams if stream.unlogged()]
             parts = [claims.Unlogged(s.claim, s.unlogged(), s.wants_numbers) for s in streams]
-            logged = await hop(claims.write_batches, self.owner, parts)
+            logged = await hop(claims.write_batches, self.owner, parts) if parts else {}
             for stream, part in zip(streams, parts, strict=True):
                 if stream.claim.turn_id in logged:
                     stream.logged(len(part.frames), logged[stream.claim.turn_id])
                 else:
                     stream.interrupt(LostClaim(f"turn {stream.origin} was taken over"))
-        finally:
-            for stream in streams:
-                stream.lock.release()
 
     async def _renew(self) -> None:
         if self._streams:
-            for session_id in await hop(claims.renew_leases, self.owner):
+            for session_id in await hop(claims.renew_leases, self.owner, list(self._streams)):
                 feed.poke(session_id)
 
 
@@ -142,7 +142,8 @@ async def _heartbeat() -> None:
 
 
 async def _prune() -> None:
-    await hop(retention.prune_streams)
+    while await hop(retention.prune_streams) == retention.SESSIONS_AT_ONCE:
+        pass
 
 
 async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:

@@ -33,11 +33,7 @@ class Scene:
     model: str
     temperature: float | None
     messages: list[dict[str, Any]]
-
-    @property
-    def user_text(self) -> str:
-        """The latest thing that the user said."""
-        return str(self.messages[-1]["content"])
+    user_text: str
 
 
 @dataclass(slots=True)
@@ -77,6 +73,8 @@ def look(claim: Claim) -> Scene:
         agent.model or settings.LLM_MODEL,
         agent.temperature,
         transcript.of(turn, prompt=agent.prompt, context_tokens=settings.LLM_CONTEXT_TOKENS),
+        # What opened this turn: the transcript joins it with messages before it that got no answer.
+        turn.messages.get(role=Message.Role.USER).content,
     )
 
 

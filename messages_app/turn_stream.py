@@ -1,8 +1,9 @@
 """The runner's end of a session's stream: it gives the numbers, and nothing but deltas is shown before its commit."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from django.db import transaction
@@ -14,7 +15,9 @@ from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.models import Event
 from sessions_app import lifecycle
-from sessions_app.models import CancelRequested, Claim, LostClaim, Session, Turn
+from sessions_app.models import CancelRequested, Claim, LostClaim, Turn
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 4_000
 LOW = BLOCK // 4
@@ -104,6 +107,9 @@ class TurnStream:
         self._next += 1
         return self._next - 1
 
+    def last_given(self) -> int:
+        return self._next - 1
+
     def unlogged(self) -> list[Frame]:
         return list(self._unlogged)
 
@@ -117,37 +123,50 @@ class TurnStream:
             self._held = []
             writing = asyncio.ensure_future(hop(self.write, write))
             try:
-                frames = await asyncio.shield(writing)
-                self._unlogged.clear()
-                feed.publish(self.session_id, frames)
+                await asyncio.shield(writing)
             finally:
-                # The thread goes on when this task is cancelled, and it uses the counters.
-                await asyncio.wait([writing])
+                # The thread goes on when this task is cancelled, and uses the counters; what it commits is committed.
+                while not writing.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([writing])
+                if writing.exception() is None:
+                    self._unlogged.clear()
+                    feed.publish(self.session_id, writing.result())
                 held, self._held = "".join(self._held), None
-                if held:
+                # Without numbers the commit has failed, and this claim will say nothing more.
+                if held and (self._next < self._end or self._spare):
                     self._show(held)
 
     def write(self, write: Callable[[Step], None]) -> list[Frame]:
         """The transaction of `commit`, on a database thread; the frames it numbered."""
-        numbers = self._next, self._end, self._spare
+        reserved: list[tuple[int, int]] = []
         try:
             with transaction.atomic():
-                return self._write_step(write)
+                return self._write_step(write, reserved)
         except BaseException:
-            # What was reserved is not: the next one to ask will be given the same numbers.
-            self._next, self._end, self._spare = numbers
+            # A failed commit may have happened: no number that it gave is given again, gaps are normal. But a block
+            # reserved in it may not be ours.
+            if self._spare in reserved:
+                self._spare = None
+            if any(self._end == end for _, end in reserved):
+                self._next = self._end
             raise
 
-    def _write_step(self, write: Callable[[Step], None]) -> list[Frame]:
-        turn = Turn.mine(self.claim).select_related("session").select_for_update(of=("session",)).first()
+    def _write_step(self, write: Callable[[Step], None], reserved: list[tuple[int, int]]) -> list[Frame]:
+        turn = Turn.mine(self.claim).select_related("session").select_for_update(of=("self", "session")).first()
         if turn is None:
             raise LostClaim(f"turn {self.origin} is no longer {self.claim.owner}'s")
         step = Step(self.claim, turn)
         write(step)
 
+        def reserve() -> None:
+            first = step.session.reserve_numbers(BLOCK)
+            self._spare = (first, first + BLOCK)
+            reserved.append(self._spare)
+
         def number() -> int:
             if self.wants_numbers:
-                self._spare = _reserve(step.session)
+                reserve()
             return self._take()
 
         waiting = log.number_waiting(self.session_id, number)
@@ -169,7 +188,7 @@ class TurnStream:
         elif step.changes:
             Turn.progress(self.claim, **step.changes)
         if self.wants_numbers and step.ending is None:
-            self._spare = _reserve(step.session)
+            reserve()
         return [*waiting, *own]
 
     # --- the group commit's part ---
@@ -220,6 +239,9 @@ class TurnStream:
                 await self.commit(_facts)
             except (CancelRequested, LostClaim) as interruption:
                 self.interrupt(interruption)
+            except Exception:
+                # What was left stays; the renewal of the lease points to it again.
+                logger.exception("look_failed", extra={"turn_id": self.origin})
 
 
 def nothing(step: Step) -> None:
@@ -230,8 +252,3 @@ def _facts(step: Step) -> None:
     # Frames that wait for a number are numbered by any commit; only the wish to cancel has to be asked for.
     if step.turn.cancel_requested_at is not None:
         raise CancelRequested(f"turn {step.turn.pk} was cancelled")
-
-
-def _reserve(session: Session) -> tuple[int, int]:
-    first = session.reserve_numbers(BLOCK)
-    return first, first + BLOCK

@@ -15,6 +15,7 @@ from rest_framework.views import APIView
 from events_app import log
 from events_app.chunks import StreamReset, encode
 from events_app.database import hop
+from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.stream import Place, follow, to_wire, until_old
 from orchestrator_site.errors import BadRequest, Invalid
@@ -157,7 +158,7 @@ async def session_stream(request: HttpRequest, session_id: str) -> HttpResponseB
     with Place() as place:
         asked = _position(request)
         caller: Caller = request.caller  # type: ignore[attr-defined]
-        after, reset = await hop(_starting_point, caller, session_id, asked)
+        after, reset = await hop(_starting_point, caller, session_id, asked, feed.last_given(session_id))
         return place.response(until_old(_everything(session_id, after, reset)))
 
 
@@ -177,10 +178,15 @@ def _position(request: HttpRequest) -> int:
     return int(raw)
 
 
-def _starting_point(caller: Caller, session_id: str, asked: int) -> tuple[int, Frame | None]:
-    """Where to begin, and the reset to send first when what was asked for is gone or never was."""
+def _starting_point(caller: Caller, session_id: str, asked: int, last_given: int | None) -> tuple[int, Frame | None]:
+    """Where to begin, and the reset to send first when what was asked for is gone or never was.
+
+    While a runner gives the numbers (the last one so far: `last_given`), those of its block that are still to come are
+    among the reserved ones and never were all the same.
+    """
     session = Session.objects.one_visible_to(caller, session_id)
-    if asked == 0 or session.pruned_seq <= asked < session.next_seq:
+    highest = session.next_seq - 1 if last_given is None else last_given
+    if asked == 0 or session.pruned_seq <= asked <= highest:
         return asked, None
     oldest = log.oldest_kept(session_id) or session.next_seq
     return oldest - 1, Frame.of(oldest - 1, "", encode(StreamReset(oldest)))

@@ -10,7 +10,7 @@ from events_app.chunks import AgentSwitched
 from events_app.frames import Frame
 from events_app.models import StreamBatch
 from messages_app import claims
-from messages_app.turn_stream import BLOCK, TurnStream
+from messages_app.turn_stream import BLOCK, Step, TurnStream
 from sessions_app import lifecycle
 from sessions_app.models import CancelRequested, LostClaim, Session, Turn
 from tests.factories import CALLER, claim, let_lease_run_out, make_session, make_turn
@@ -95,7 +95,7 @@ def test_a_lease_that_ran_out_is_lost_even_before_somebody_takes_over() -> None:
     held = claim(turn)
     let_lease_run_out(turn)
 
-    claims.renew_leases(held.owner)
+    claims.renew_leases(held.owner, [turn.pk])
 
     with pytest.raises(LostClaim):
         Turn.progress(held, handoff_count=1)
@@ -197,7 +197,6 @@ def test_numbers_reserved_in_a_transaction_that_fails_are_not_used() -> None:
     turn = make_turn(make_session())
     stream = TurnStream(claim(turn))
     stream._next = stream._end  # all given: the next step reserves a block
-    before = (stream._next, stream._end, stream._spare)
     taken = Session.objects.get(pk="s").next_seq
     StreamBatch.objects.create(
         session_id="s", origin="x", first_seq=taken, last_seq=taken, frames=[], created_at=timezone.now()
@@ -206,7 +205,46 @@ def test_numbers_reserved_in_a_transaction_that_fails_are_not_used() -> None:
     with pytest.raises(IntegrityError), transaction.atomic():
         stream.write(lambda step: step.say(_switched()))
 
-    assert (stream._next, stream._end, stream._spare) == before
+    assert (stream._next, stream._spare) == (stream._end, None), "nothing is given of a block that may not be ours"
+
+
+def test_a_number_given_in_a_commit_that_failed_is_not_given_again() -> None:
+    turn = make_turn(make_session())
+    stream = TurnStream(claim(turn))
+    given = stream.last_given() + 1
+
+    def write(step: Step) -> None:
+        step.say(_switched())
+        Turn.objects.filter(pk=turn.pk).update(lease_until=Now())  # so that the step's own update fails, at its end
+
+    with pytest.raises(LostClaim):
+        stream.write(write)
+
+    assert stream.last_given() == given
+
+
+def test_only_turns_that_somebody_works_on_keep_their_leases() -> None:
+    kept, given_up = make_turn(make_session("a")), make_turn(make_session("b"))
+    claims.claim_turns("one", 10)
+    almost_over = Turn.objects.filter(pk=given_up.pk).values_list("lease_until", flat=True)
+    before = almost_over.get()
+
+    claims.renew_leases("one", [kept.pk])
+
+    assert almost_over.get() == before
+    kept.refresh_from_db()
+    assert kept.lease_until is not None and kept.lease_until > before
+
+
+def test_a_row_that_cannot_be_worked_with_fails_its_turn_and_keeps_nobody_waiting() -> None:
+    broken, healthy = make_turn(make_session("broken")), make_turn(make_session("healthy"))
+    StreamBatch.objects.create(session_id="broken", origin="x", frames=[], created_at=timezone.now())
+
+    claimed = claims.claim_turns("one", 10)
+
+    assert [each.turn_id for each, _ in claimed] == [healthy.pk]
+    broken.refresh_from_db()
+    assert (broken.status, broken.code) == ("failed", "internal_error")
 
 
 def _switched() -> AgentSwitched:

@@ -42,11 +42,11 @@ def test_old_frames_are_pruned_and_a_reader_of_them_is_reset_to_the_oldest_kept(
     retention.prune_streams()
 
     assert not StreamBatch.objects.filter(last_seq__in=old).exists()
-    after, reset = _starting_point(CALLER, "s", old[0])
+    after, reset = _starting_point(CALLER, "s", old[0], None)
     assert reset is not None
     assert reset.seq == after == kept - 1
     assert f'"from":{kept}' in reset.body
-    assert _starting_point(CALLER, "s", 0)[1] is None, "no position: from the oldest kept frame, without a word"
+    assert _starting_point(CALLER, "s", 0, None)[1] is None, "no position: from the oldest kept frame, without a word"
 
 
 def test_nothing_of_a_session_with_an_unfinished_turn_is_pruned() -> None:
@@ -68,8 +68,10 @@ def test_when_nothing_is_kept_the_reset_names_the_next_number_to_come() -> None:
     retention.prune_streams()
 
     session.refresh_from_db()
-    after, reset = _starting_point(CALLER, "s", session.pruned_seq - 1)
+    after, reset = _starting_point(CALLER, "s", session.pruned_seq - 1, None)
     assert reset is not None
     assert reset.seq == after == session.next_seq - 1
     assert f'"from":{session.next_seq}' in reset.body
-    assert _starting_point(CALLER, "s", session.pruned_seq)[1] is None, "the last pruned number: nothing is missing"
+    assert _starting_point(CALLER, "s", session.pruned_seq, None)[1] is None, (
+        "the last pruned number: nothing is missing"
+    )

@@ -297,3 +297,18 @@ def test_a_reader_that_takes_nothing_is_cut_and_the_turn_goes_on(
             eventually(lambda: "reader_stalled" in server.log.read_text())
         assert "Traceback" not in server.log.read_text()
         assert server.history("stalled")[-1] == ("assistant", text * 6_000)
+
+
+def test_a_stream_that_sends_nothing_of_what_happens_still_beats(
+    tmp_path: Path, migrated: Path, llm: ScriptedLLM
+) -> None:
+    llm.script(say("word " * 60, pause=0.05))
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, STREAM_HEARTBEAT_SECONDS="0.6") as server:
+        server.post({"type": "switch_agent", "agent_type": "coder"}, "quiet")
+        message = {"type": "user_message", "content": "talk for three seconds"}
+        body = {"session_id": "quiet", "message": message, "stream_tokens": False}
+        with server.http.stream("POST", "/agent/message/stream", json=body) as response:
+            received = b"".join(response.iter_raw())
+
+    assert received.count(b": ping\n\n") >= 4
+    assert b'"token"' not in received

@@ -7,6 +7,7 @@ import sqlite3
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -319,6 +320,36 @@ def test_a_model_that_is_down_opens_the_circuit_and_a_probe_closes_it_again(
 
     assert codes == ["model_unreachable"] * 5 + ["model_circuit_open"]
     assert answered
+
+
+def test_a_turn_whose_write_failed_is_taken_over_while_others_run(
+    server: Server, llm: ScriptedLLM, session_id: str
+) -> None:
+    first, second = Gate(), Gate()
+    on_coder(server, session_id)
+    on_coder(server, "other")
+    llm.script(hold("Lo", "st.", gate=first))
+    with ThreadPoolExecutor(2) as pool, closing(sqlite3.connect(server.database, isolation_level=None)) as intruder:
+        talking = pool.submit(server.say, session_id, "go")
+        first.reached.wait()
+        llm.script(hold("Still ", "here.", gate=second), say("Said again."))
+        other = pool.submit(server.say, "other", "go")
+        second.reached.wait()
+        # A column that refuses the answer for a while: what a full disk or a broken one would do.
+        intruder.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON messages_app_message WHEN NEW.role = 'assistant'"
+            " BEGIN SELECT json('no json'); END"
+        )
+        first.open()
+        eventually(lambda: "turn_abandoned" in server.log.read_text())
+        intruder.execute("DROP TRIGGER refuse")
+
+        finished = talking.result(30)  # the other one is still running, and its lease is renewed
+        second.open()
+        assert other.result(30)[-2].data["status"] == "completed"
+
+    assert finished[-2].data["status"] == "completed"
+    assert server.history(session_id) == [("user", "go"), ("assistant", "Said again.")]
 
 
 def _answered(frames: list[Frame]) -> bool:

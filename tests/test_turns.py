@@ -410,3 +410,65 @@ def test_control_characters_of_the_model_reach_clients_in_one_frame(
     assert types(frames) == ["turn_started", "delta", "assistant_message", "turn_finished", "done"]
     assert frames[-3].data["content"] == hostile.replace("\x00", "\ufffd")
     assert server.history(session_id)[-1][1] == frames[-3].data["content"]
+
+
+def test_the_router_reads_the_message_of_its_turn_alone(server: Server, played: ScriptedLLM, session_id: str) -> None:
+    played.route(hold("", "never heard", gate=(gate := Gate())))
+    with server.streaming({"type": "user_message", "content": "write a story"}, session_id) as answer:
+        until(answer, "turn_started")
+        gate.reached.wait()
+        server.http.post(f"/sessions/{session_id}/cancel")
+        list(answer)
+    gate.open()
+    played.script(say("ok"))
+
+    server.say(session_id, "please explain recursion")
+
+    assert played.routings[-1]["messages"][-1]["content"] == "please explain recursion"
+
+
+def test_a_router_cannot_spell_what_no_database_takes(server: Server, played: ScriptedLLM, session_id: str) -> None:
+    played.route(say(r'{"agent": "ask", "confidence": "high", "reasoning": "a \ud800 b \u0000 c"}'))
+    played.script(say("ok"))
+
+    frames = server.say(session_id, "hello")
+
+    assert frames[1].data["reason"] == "a \ufffd b \ufffd c"
+    assert frames[-2].data["status"] == "completed"
+
+
+@pytest.mark.parametrize("tokens", [-1, 10**20])
+def test_a_provider_that_cannot_count_spoils_no_answer(
+    server: Server, played: ScriptedLLM, session_id: str, tokens: int
+) -> None:
+    on_agent(server, session_id, "coder")
+    played.script(say("Well.", usage=(tokens, 5)))
+
+    frames = server.say(session_id, "go")
+
+    assert frames[-2].data["status"] == "completed"
+    assert server.history(session_id)[-1] == ("assistant", "Well.")
+
+
+def test_a_position_still_to_come_is_answered_by_a_reset_while_a_turn_runs(
+    server: Server, played: ScriptedLLM, session_id: str
+) -> None:
+    gate = Gate()
+    on_agent(server, session_id, "coder")
+    played.script(hold("Half a ", "sentence.", gate=gate))
+    with server.streaming({"type": "user_message", "content": "go"}, session_id) as answer:
+        seen = until(answer, "assistant_message")
+        with server.following(session_id, after=seen[-1].seq + 1_000) as stream:
+            assert next(stream).type == "stream_reset"
+        gate.open()
+        list(answer)
+
+
+def test_a_deleted_session_has_no_figures(server: Server, played: ScriptedLLM, session_id: str) -> None:
+    played.script(say("ok"))
+    server.say(session_id, "go", agent_type="ask")
+    server.http.delete(f"/sessions/{session_id}")
+
+    answer = server.http.get(f"/events/metrics/session/{session_id}")
+
+    assert (answer.status_code, answer.json()["error"]) == (404, f"No metrics found for session {session_id}")

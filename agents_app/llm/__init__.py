@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from django.conf import settings
 
-from .base import FinishedStep, Model, ModelError, ModelRequest, TextDelta, Usage
+from .base import FinishedStep, Model, ModelError, ModelRequest, TextDelta, Usage, clean
 from .demo import DemoModel
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ __all__ = [
     "ModelRequest",
     "TextDelta",
     "Usage",
+    "clean",
     "close_model",
     "get_model",
 ]

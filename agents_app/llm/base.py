@@ -57,3 +57,15 @@ class Model(Protocol):
     def stream(self, request: ModelRequest) -> AsyncGenerator[TextDelta | FinishedStep, None]: ...
 
     async def aclose(self) -> None: ...
+
+
+def clean(text: str) -> str:
+    """The text without what no database or client can take: NUL and lone surrogates become U+FFFD."""
+    if "\0" in text:
+        text = text.replace("\0", "\ufffd")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # By way of UTF-16, so that two surrogates that belong together become their character.
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

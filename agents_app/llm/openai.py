@@ -16,7 +16,7 @@ from uuid import uuid4
 import aiohttp
 import orjson
 
-from .base import FinishedStep, ModelError, ModelRequest, TextDelta, Usage
+from .base import FinishedStep, ModelError, ModelRequest, TextDelta, Usage, clean
 from .breaker import Breaker
 
 logger = logging.getLogger(__name__)
@@ -295,7 +295,7 @@ class Answer:
         if "\ud800" <= text[-1] <= "\udbff":
             # Some servers cut a character outside the BMP in two: its other half comes with the next delta.
             text, self._high_surrogate = text[:-1], text[-1]
-        text = _clean(text)
+        text = clean(text)
         self._text.append(text)
         return text
 
@@ -330,8 +330,8 @@ class Call:
 
     def as_dict(self) -> dict[str, Any]:
         """The call as a message holds it. A call that came without an id gets one, for its answer has to name it."""
-        function = {"name": _clean(self.name), "arguments": _clean("".join(self.arguments))}
-        return {"id": _clean(self.id) or f"call_{uuid4().hex}", "type": "function", "function": function}
+        function = {"name": clean(self.name), "arguments": clean("".join(self.arguments))}
+        return {"id": clean(self.id) or f"call_{uuid4().hex}", "type": "function", "function": function}
 
 
 class EventSplitter:
@@ -408,18 +408,6 @@ def _parsed(event: bytes) -> Any:
         return json.loads(event.decode())
 
 
-def _clean(text: str) -> str:
-    """The text without what no database or client can take: NUL and lone surrogates become U+FFFD."""
-    if "\0" in text:
-        text = text.replace("\0", "\ufffd")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # By way of UTF-16, so that two surrogates that belong together become their character.
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
 def _usage(reported: dict[str, Any]) -> Usage:
     prompt, completion = _tokens(reported, "prompt_tokens"), _tokens(reported, "completion_tokens")
     return Usage(prompt, completion, _tokens(reported, "total_tokens") or prompt + completion)
@@ -427,7 +415,7 @@ def _usage(reported: dict[str, Any]) -> Usage:
 
 def _tokens(reported: dict[str, Any], name: str) -> int:
     """A count that a database column holds, whatever the provider says."""
-    return min(max(int(reported.get(name) or 0), 0), 1_000_000_000)
+    return min(max(int(reported.get(name) or 0), 0), 100_000_000)
 
 
 def _seconds(retry_after: str) -> float:

@@ -1,6 +1,5 @@
 """Browsing the agents: what each is told and may use."""
 
-from django.conf import settings
 from django.contrib import admin
 from unfold.decorators import display
 
@@ -14,7 +13,7 @@ class AgentAdmin(BrowseOnlyAdmin):
     list_display = (
         "heading",
         "says",
-        "model_used",
+        "model_shown",
         "warmth",
         "tool_number",
         "may_write",
@@ -26,7 +25,7 @@ class AgentAdmin(BrowseOnlyAdmin):
     search_help_text = "Words of a name, a prompt or a model"
     ordering = ("position",)
     fieldsets = (
-        (None, {"fields": (("heading", "position"), ("model_used", "warmth"), ("multi_agent", "single_agent"))}),
+        (None, {"fields": (("heading", "position"), ("model_shown", "warmth"), ("multi_agent", "single_agent"))}),
         ("Prompt", {"fields": ("prompt_whole",)}),
         ("Tools", {"fields": ("tools", "may_write")}),
     )
@@ -40,8 +39,8 @@ class AgentAdmin(BrowseOnlyAdmin):
         return clipped(agent.description)
 
     @display(description="Model", ordering="model")
-    def model_used(self, agent: Agent) -> str:
-        return visible(agent.model) or visible(settings.LLM_MODEL)
+    def model_shown(self, agent: Agent) -> str:
+        return visible(agent.model_used)
 
     @display(description="Temperature", ordering="temperature")
     def warmth(self, agent: Agent) -> str:

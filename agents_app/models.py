@@ -44,6 +44,12 @@ class Agent(models.Model):
     def description(self) -> str:
         return self.prompt.strip().partition("\n")[0]
 
+    @property
+    def model_used(self) -> str:
+        """The name of the model that answers for it."""
+        # Without an address the demo model answers, and the records must not name a model that nobody asked.
+        return (self.model or settings.LLM_MODEL) if settings.LLM_BASE_URL else "demo"
+
     def as_wire(self) -> dict[str, Any]:
         """Form A of protocol 2.2."""
         return {

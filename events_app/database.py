@@ -17,14 +17,25 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 THREADS = 4
-_executor = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database")
+_writers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-write")
+# SQLite's readers wait for nobody; in one queue with the writers they would wait for their lock.
+_readers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-read")
 
 
 async def hop(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `function` on a database thread. Cancelling the caller does not stop what has begun there."""
+    return await _submit(_writers, function, args, kwargs)
+
+
+async def read(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As `hop`, for what writes nothing."""
+    return await _submit(_readers, function, args, kwargs)
+
+
+async def _submit(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kwargs: Any) -> T:
     context = contextvars.copy_context()  # the log lines of a request carry its id on every thread
     work = partial(context.run, _run, function, args, kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_executor, work)
+    return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 
 def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., Any]:
@@ -35,23 +46,25 @@ def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., A
 
     @wraps(view)
     async def hopping(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
-        return await hop(view, request, *args, **kwargs)
+        run = read if request.method in ("GET", "HEAD") else hop
+        return await run(view, request, *args, **kwargs)
 
     return hopping
 
 
 def close_threads() -> None:
     """At the end of the process: every thread closes its connection; the last one folds SQLite's log into its file."""
-    together = threading.Barrier(THREADS)
+    for executor in (_readers, _writers):
+        together = threading.Barrier(THREADS)
+        for closing in [executor.submit(_close, together) for _ in range(THREADS)]:
+            closing.result()
+        executor.shutdown()
 
-    def close() -> None:
-        with suppress(threading.BrokenBarrierError):
-            together.wait(5)  # so that no thread closes twice and another not at all
-        connections.close_all()
 
-    for closing in [_executor.submit(close) for _ in range(THREADS)]:
-        closing.result()
-    _executor.shutdown()
+def _close(together: threading.Barrier) -> None:
+    with suppress(threading.BrokenBarrierError):
+        together.wait(5)  # so that no thread closes twice and another not at all
+    connections.close_all()
 
 
 def _run(function: Callable[..., T], args: Any, kwargs: Any) -> T:

@@ -53,6 +53,11 @@ class Subscription:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
+    def end(self) -> None:
+        """After what is stored by now, nothing more will come."""
+        self.ended = True
+        self.signal()
+
     async def news(self) -> None:
         """Wait until there is something to do: frames, something in the log, the end, a heartbeat."""
         if self.frames or self.reread or self.ended or self.beat:
@@ -66,6 +71,7 @@ class Feed:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._followers: defaultdict[str, set[Subscription]] = defaultdict(set)
         self._writers: dict[str, Writer] = {}
+        self._closing: set[str] = set()
         self._on_wake: Callable[[], None] = lambda: None
 
     def attach(self, loop: asyncio.AbstractEventLoop, *, on_wake: Callable[[], None]) -> None:
@@ -84,6 +90,10 @@ class Feed:
     def close(self, session_id: str) -> None:
         """The session is gone: the streams of the whole session end."""
         self._on_loop(self._close, session_id)
+
+    def close_all(self) -> None:
+        """The server stops: every stream ends where it is, to be resumed."""
+        self._on_loop(self._close_all)
 
     def wake_runner(self) -> None:
         self._on_loop(self._on_wake)
@@ -116,6 +126,8 @@ class Feed:
             # A turn taken over within this process may have registered its own writer already.
             if self._writers.get(session_id) is writer:
                 del self._writers[session_id]
+                if session_id in self._closing:
+                    self._close(session_id)
 
     def publish(self, session_id: str, frames: Sequence[Frame]) -> None:
         for subscription in self._followers.get(session_id, ()):
@@ -145,9 +157,18 @@ class Feed:
             self._writers[session_id].nudge()
 
     def _close(self, session_id: str) -> None:
+        if session_id in self._writers:
+            self._closing.add(session_id)  # its runner has the last word
+            return
+        self._closing.discard(session_id)
         for subscription in self._followers.get(session_id, ()):
-            subscription.ended = subscription.ends_with_session
-            subscription.signal()
+            if subscription.ends_with_session:
+                subscription.end()
+
+    def _close_all(self) -> None:
+        for followers in self._followers.values():
+            for subscription in followers:
+                subscription.end()
 
 
 feed = Feed()

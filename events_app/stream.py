@@ -10,7 +10,7 @@ from django.conf import settings
 from django.http import StreamingHttpResponse
 
 from events_app import log
-from events_app.database import hop
+from events_app.database import read
 from events_app.feed import feed
 from events_app.frames import PING, Frame
 from orchestrator_site.errors import Unavailable
@@ -28,14 +28,15 @@ async def follow(session_id: str, *, after: int, until: str | None = None) -> As
     With `until`, the frames of that origin alone, up to the one that closes its answer. An empty list is a heartbeat.
     """
     with feed.subscribe(session_id, ends_with_session=until is None) as live:
-        while not live.ended:
+        while True:
+            ended = live.ended
             # The unlogged ones first: what leaves that list while the log is read is in the log by then.
             live.reread = False
             live.frames.clear()
             unlogged = feed.unlogged(session_id)
             more = True
             while more:
-                logged, more = await hop(log.page, session_id, after)
+                logged, more = await read(log.page, session_id, after)
                 ready, after, closed = _fresh(logged, after, until)
                 if ready:
                     yield ready
@@ -45,6 +46,8 @@ async def follow(session_id: str, *, after: int, until: str | None = None) -> As
             if ready:
                 yield ready
             if closed:
+                return
+            if ended:
                 return
             while not live.reread and not live.ended:
                 frames = list(live.frames)
@@ -74,14 +77,9 @@ def _fresh(frames: list[Frame], after: int, until: str | None) -> tuple[list[Fra
     return fresh, after, False
 
 
-async def to_wire(batches: AsyncGenerator[list[Frame], None], *, tokens: bool = True) -> AsyncGenerator[bytes, None]:
-    """Frames as bytes of an event stream; without `tokens`, the deltas are left out."""
-    async with aclosing(batches):
-        async for frames in batches:
-            if not frames:
-                yield PING
-            elif wire := b"".join([frame.wire for frame in frames if tokens or not frame.is_delta]):
-                yield wire
+def wire_of(frames: list[Frame], *, tokens: bool = True) -> bytes:
+    """What `follow` yielded as bytes of an event stream; without `tokens`, the deltas are left out."""
+    return b"".join([frame.wire for frame in frames if tokens or not frame.is_delta]) if frames else PING
 
 
 async def until_old(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -13,7 +13,7 @@ from django.conf import settings
 from agents_app import routing
 from agents_app.llm import FinishedStep, Model, ModelError, ModelRequest
 from agents_app.routing import Route
-from events_app.database import hop
+from events_app.database import read
 from messages_app import steps
 from messages_app.steps import Scene, Spent
 from messages_app.turn_stream import TimeIsUp, TurnStream
@@ -61,7 +61,7 @@ class _Run:
         if self.stream.claim.requested_agent:
             await self.stream.commit(steps.obey)
         while True:
-            scene = await hop(steps.look, self.stream.claim)
+            scene = await read(steps.look, self.stream.claim)
             self.agent = scene.agent
             if scene.agent != ORCHESTRATOR:
                 return await self._answer(scene)
@@ -131,6 +131,7 @@ class _Run:
         await self.stream.delta(text)
 
     async def _fail(self, code: str, message: str) -> str:
+        logger.warning("turn_failing", extra={"turn_id": self.stream.origin, "agent": self.agent, "code": code})
         try:
             await self.stream.commit(
                 partial(steps.fail, code=code, message=message, agent=self.agent, spent=self.spent)

@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 from agents_app import handoffs
 from events_app.chunks import ErrorShown
-from events_app.database import hop
+from events_app.database import hop, read
 from events_app.frames import Frame
 from events_app.stream import follow
 from messages_app import acceptance
@@ -82,5 +82,5 @@ class MessageOrchestrationService:
 
     async def _ensure_not_a_strangers(self, session_id: str) -> None:
         """Raise UnknownSession for a session that exists and is not the caller's; one that never was may be named."""
-        if await hop(lambda: Session.objects.filter(pk=session_id).exists()):
-            await hop(Session.objects.one_visible_to, self.caller, session_id)
+        if await read(lambda: Session.objects.filter(pk=session_id).exists()):
+            await read(Session.objects.one_visible_to, self.caller, session_id)

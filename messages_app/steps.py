@@ -70,7 +70,7 @@ def look(claim: Claim) -> Scene:
     agent = Agent.objects.get(pk=turn.session.current_agent)
     return Scene(
         agent.name,
-        agent.model or settings.LLM_MODEL,
+        agent.model_used,
         agent.temperature,
         transcript.of(turn, prompt=agent.prompt, context_tokens=settings.LLM_CONTEXT_TOKENS),
         # What opened this turn: the transcript joins it with messages before it that got no answer.

@@ -185,6 +185,9 @@ class TurnStream:
             step.changes["settled_seq"] = own[-1].seq
         if step.ending is not None:
             Turn.finish(self.claim, step.ending, **step.changes)
+            # Nobody saw the rest of the block: given back, a position in it is known for one that never was.
+            _, end = self._spare or (self._next, self._end)
+            step.session.give_back_numbers(own[-1].seq + 1, end)
         elif step.changes:
             Turn.progress(self.claim, **step.changes)
         if self.wants_numbers and step.ending is None:

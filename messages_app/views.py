@@ -11,7 +11,7 @@ from rest_framework.views import APIView
 
 from events_app.chunks import ErrorShown
 from events_app.frames import DONE, unnumbered_wire
-from events_app.stream import Place, to_wire
+from events_app.stream import Place, wire_of
 from messages_app import inbound
 from messages_app.history import history
 from messages_app.orchestration import Frames, MessageOrchestrationService, Refused
@@ -32,10 +32,15 @@ async def message_stream(request: HttpRequest) -> HttpResponseBase:
 
 
 async def _answer(frames: Frames, tokens: bool) -> AsyncGenerator[bytes, None]:
-    async with aclosing(to_wire(frames, tokens=tokens)) as parts:
-        async for part in parts:
-            yield part
-    yield DONE
+    is_complete = False
+    async with aclosing(frames):
+        async for ready in frames:
+            if wire := wire_of(ready, tokens=tokens):
+                yield wire
+            is_complete = is_complete or (bool(ready) and ready[-1].closes)
+    # A server that stops ends the stream, not the answer: whoever was cut resumes it.
+    if is_complete:
+        yield DONE
 
 
 async def _refusal(chunk: ErrorShown) -> AsyncGenerator[bytes, None]:

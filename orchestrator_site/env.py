@@ -47,7 +47,7 @@ class Environment:
         return self._read(name, default, cast)
 
     def integer(self, name: str, default: int, *, at_least: int = 0, at_most: int | None = None) -> int:
-        return self._read(name, default, lambda raw: _within(_number(raw, int), at_least, at_most))
+        return self._read(name, default, lambda raw: _within(_number(raw, int, "a whole number"), at_least, at_most))
 
     def seconds(self, name: str, default: float, *, at_least: float = 0.001) -> float:
         return self._read(name, default, lambda raw: _within(_number(raw, float), at_least, 10_000_000))
@@ -95,11 +95,11 @@ class Environment:
             raise ImproperlyConfigured(f"{name} {error}.") from None
 
 
-def _number(raw: str, kind: Callable[[str], Any]) -> Any:
+def _number(raw: str, kind: Callable[[str], Any], name: str = "a number") -> Any:
     try:
         return kind(raw)
     except ValueError:
-        raise ValueError("has to be a number") from None
+        raise ValueError(f"has to be {name}") from None
 
 
 def _within(number: Any, at_least: float, at_most: float | None) -> Any:

@@ -7,9 +7,12 @@ Makes what this installation needs once (secrets, database, superuser), says wha
 
 import os
 import secrets
+import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 from django.core.exceptions import ImproperlyConfigured
 
@@ -29,15 +32,33 @@ def main() -> None:
         sys.exit(f"Countersign does not start: {error}")
 
     from django.conf import settings
+    from django.db import OperationalError
 
     ensure_port_free(settings.HOST, settings.PORT)
-    password = prepare_database()
+    try:
+        password = prepare_database()
+    except OperationalError as error:
+        sys.exit(f"Countersign does not start: DATABASE_URL, {settings.DATABASES['default']['NAME']}: {error}.")
     sys.stdout.write(banner(made, password))
     sys.stdout.flush()
 
-    import uvicorn
+    serve()
 
-    uvicorn.run(
+
+def serve() -> None:
+    """Run uvicorn until SIGINT or SIGTERM: streams end at once, to be resumed, and turns are handed over."""
+    import uvicorn
+    from django.conf import settings
+
+    from events_app.feed import feed
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            sys.stdout.write("\nStopping. A turn that is running goes on with the next start.\n")
+            feed.close_all()
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
         "orchestrator_site.asgi:application",
         host=settings.HOST,
         port=settings.PORT,
@@ -49,9 +70,12 @@ def main() -> None:
         server_header=False,
         # A forged X-Forwarded-For is not believed; the proxy of a real deployment is configured there.
         proxy_headers=False,
-        # Open streams do not keep Ctrl-C waiting: they are cut, and resumed after the next start.
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=10,
     )
+    # uvicorn, when it has ended, raises the signal again that it obeyed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with suppress(KeyboardInterrupt):
+        Server(config).run()
 
 
 def make_secrets(env_file: Path) -> dict[str, str]:
@@ -111,7 +135,8 @@ def ensure_port_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            sys.exit(f"Countersign does not start: port {port} on {host}: {error.strerror}. PORT=... picks another.")
+            reason = error.strerror or "no such address"
+            sys.exit(f"Countersign does not start: HOST {host}, PORT {port}: {reason}.")
 
 
 def banner(made: dict[str, str], password: str | None) -> str:

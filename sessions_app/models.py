@@ -97,6 +97,10 @@ class Session(models.Model):
         self.next_seq = first + count
         return first
 
+    def give_back_numbers(self, first: int, end: int) -> None:
+        """Return the numbers from `first` up to `end` that nobody saw, unless others were given since."""
+        Session.objects.filter(pk=self.pk, next_seq=end).update(next_seq=first)
+
     def live_turn(self) -> "Turn | None":
         """The turn whose runner gives the stream's numbers at the moment, if there is one."""
         return self.turns.filter(status=Turn.Status.RUNNING, lease_until__gt=Now()).first()

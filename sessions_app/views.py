@@ -14,10 +14,10 @@ from rest_framework.views import APIView
 
 from events_app import log
 from events_app.chunks import StreamReset, encode
-from events_app.database import hop
+from events_app.database import read
 from events_app.feed import feed
 from events_app.frames import Frame
-from events_app.stream import Place, follow, to_wire, until_old
+from events_app.stream import Place, follow, until_old, wire_of
 from orchestrator_site.errors import BadRequest, Invalid
 from orchestrator_site.http import allow, boolean, caller_in, json_body, whole_number, wire_time
 from sessions_app import lifecycle
@@ -158,16 +158,16 @@ async def session_stream(request: HttpRequest, session_id: str) -> HttpResponseB
     with Place() as place:
         asked = _position(request)
         caller: Caller = request.caller  # type: ignore[attr-defined]
-        after, reset = await hop(_starting_point, caller, session_id, asked, feed.last_given(session_id))
+        after, reset = await read(_starting_point, caller, session_id, asked, feed.last_given(session_id))
         return place.response(until_old(_everything(session_id, after, reset)))
 
 
 async def _everything(session_id: str, after: int, reset: Frame | None) -> AsyncGenerator[bytes, None]:
     if reset is not None:
         yield reset.wire
-    async with aclosing(to_wire(follow(session_id, after=after))) as parts:
-        async for part in parts:
-            yield part
+    async with aclosing(follow(session_id, after=after)) as batches:
+        async for frames in batches:
+            yield wire_of(frames)
 
 
 def _position(request: HttpRequest) -> int:

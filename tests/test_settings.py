@@ -54,7 +54,7 @@ def test_without_a_secret_key_nothing_starts(installation: Path) -> None:
 def test_a_malformed_setting_stops_the_start_and_is_named(installation: Path) -> None:
     outcome = check(installation, {**SOUND, "MAX_BODY_BYTES": "2 MiB"})
 
-    assert_refused_in_one_line(outcome, "MAX_BODY_BYTES", "has to be a number")
+    assert_refused_in_one_line(outcome, "MAX_BODY_BYTES", "has to be a whole number")
     assert "2 MiB" not in outcome.stderr  # it could be a secret in the wrong place
 
 

@@ -334,7 +334,8 @@ def test_a_deleted_session_ends_its_turn_and_its_streams_and_is_gone(
         assert server.http.delete(f"/sessions/{session_id}").status_code == 204
         assert types(list(answer))[-2:] == ["turn_finished", "done"]
         assert types(queued.result(30)) == ["turn_finished", "done"]
-        list(stream)  # ends
+        whole = list(stream)  # ends, with the last word
+        assert [frame.data["status"] for frame in whole if frame.type == "turn_finished"] == ["cancelled"] * 2
     gate.open()
 
     assert server.http.get(f"/sessions/{session_id}/history").status_code == 404
@@ -472,3 +473,17 @@ def test_a_deleted_session_has_no_figures(server: Server, played: ScriptedLLM, s
     answer = server.http.get(f"/events/metrics/session/{session_id}")
 
     assert (answer.status_code, answer.json()["error"]) == (404, f"No metrics found for session {session_id}")
+
+
+def test_numbers_that_nobody_saw_are_given_back_at_the_end(
+    server: Server, played: ScriptedLLM, session_id: str
+) -> None:
+    on_agent(server, session_id, "coder")
+    played.script(say("one two"), say("three"))
+
+    first = server.say(session_id, "go")
+    second = server.say(session_id, "on")
+
+    assert second[0].seq == first[-2].seq + 1
+    with server.following(session_id, after=second[-2].seq + 1) as stream:
+        assert next(stream).type == "stream_reset"

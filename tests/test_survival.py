@@ -171,6 +171,8 @@ def test_kill_9_at_random_moments_under_load_loses_and_doubles_nothing(server: S
     sessions = [f"load-{number}" for number in range(12)]
     acknowledged: dict[str, list[str]] = {session_id: [] for session_id in sessions}
     seen: dict[str, list[int]] = {session_id: [] for session_id in sessions}
+    for session_id in sessions:
+        on_coder(server, session_id)
 
     def talk(session_id: str, text: str) -> None:
         try:
@@ -189,7 +191,7 @@ def test_kill_9_at_random_moments_under_load_loses_and_doubles_nothing(server: S
     with ThreadPoolExecutor(12) as pool:
         for kill in range(3):
             talks = [pool.submit(talk, session_id, f"message {kill}") for session_id in sessions]
-            enough = chance.randrange(1, 12 * 60)
+            enough = sum(map(len, seen.values())) + chance.randrange(1, 12 * 60)
             eventually(
                 lambda count=enough, all_of=talks: (
                     sum(map(len, seen.values())) >= count or all(t.done() for t in all_of)

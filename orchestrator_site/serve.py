@@ -55,6 +55,7 @@ def serve() -> None:
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             sys.stdout.write("\nStopping. A turn that is running goes on with the next start.\n")
+            sys.stdout.flush()
             feed.close_all()
             super().handle_exit(sig, frame)
 

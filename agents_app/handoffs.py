@@ -1,6 +1,7 @@
 """Passing a session to another agent, whoever asks for it."""
 
 import uuid
+from dataclasses import replace
 
 from django.db import transaction
 
@@ -57,7 +58,7 @@ def switch(caller: Caller, session_id: str, to: str, *, reason: str, confidence:
     if session.switch_count >= MAX_SWITCHES:
         raise TooManySwitches(f"A session may be switched {MAX_SWITCHES} times")
     chunk = hand_over(session, to, reason=reason, confidence=confidence, by=caller.name)
-    lifecycle.emit(session, _final(chunk), origin=str(uuid.uuid4()))
+    lifecycle.emit(session, replace(chunk, is_final=True), origin=str(uuid.uuid4()))
     return session
 
 
@@ -74,9 +75,5 @@ def switch_by_message(caller: Caller, session_id: str, to: str, *, reason: str) 
         chunk = AgentSwitched(to, to, reason)
     else:
         chunk = hand_over(session, to, reason=reason, confidence=None, by=caller.name)
-    lifecycle.emit(session, _final(chunk), origin=origin)
+    lifecycle.emit(session, replace(chunk, is_final=True), origin=origin)
     return after, origin
-
-
-def _final(chunk: AgentSwitched) -> AgentSwitched:
-    return AgentSwitched(chunk.from_agent, chunk.to_agent, chunk.reason, chunk.confidence, is_final=True)

@@ -45,9 +45,7 @@ async def follow(session_id: str, *, after: int, until: str | None = None) -> As
             ready, after, closed = _fresh(unlogged, after, until)
             if ready:
                 yield ready
-            if closed:
-                return
-            if ended:
+            if closed or ended:
                 return
             while not live.reread and not live.ended:
                 frames = list(live.frames)

@@ -9,7 +9,8 @@ from django.db import InterfaceError, OperationalError, transaction
 from django.db.models.functions import Now
 
 from events_app import log
-from events_app.chunks import Restarted, TurnStarted, encode
+from events_app.chunks import ErrorShown, Restarted, TurnFinished, TurnStarted, encode
+from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.models import Event, StreamBatch
 from messages_app.turn_stream import BLOCK
@@ -45,10 +46,23 @@ def _claim_alone(owner: str, candidate: tuple[uuid.UUID, str]) -> list[Begun]:
         raise
     except Exception:
         logger.exception("turn_not_claimable", extra={"turn_id": str(candidate[0])})
-        Turn.objects.unfinished().filter(pk=candidate[0]).update(
-            status=Turn.Status.FAILED, code="internal_error", finished_at=Now(), lease_until=None
-        )
-        return []
+    _park(*candidate)
+    return []
+
+
+@transaction.atomic
+def _park(turn_id: uuid.UUID, session_id: str) -> None:
+    """Fail a turn whose claim fails, and end the answer that its client waits for."""
+    session = Session.objects.locked().get(pk=session_id)
+    turn = Turn.objects.get(pk=turn_id)
+    if not turn.fail_unclaimed("internal_error"):
+        return  # somebody else could work with it
+    origin = str(turn_id)
+    finished = TurnFinished(origin, Turn.Status.FAILED, "internal_error", turn.usage)
+    bodies = [encode(ErrorShown("Something went wrong on the server.", "internal_error")), encode(finished)]
+    frames = [Frame.of(session.reserve_numbers(1), origin, body, closes=body == bodies[-1]) for body in bodies]
+    log.append(session_id, frames)
+    transaction.on_commit(lambda: feed.poke(session_id))
 
 
 def _claim_together(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> list[Begun]:

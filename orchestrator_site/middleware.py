@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from asgiref.sync import markcoroutinefunction
 from django.core.exceptions import BadRequest as DjangoBadRequest
 from django.core.exceptions import DisallowedHost, SuspiciousOperation, TooManyFieldsSent
-from django.db import DatabaseError, InterfaceError
+from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.http.response import HttpResponseBase
 
@@ -76,7 +76,8 @@ def as_api_error(exception: Exception) -> APIError:
             return exception
         case Http404():
             return NotFound("Not Found")
-        case DatabaseError() | InterfaceError():
+        # Not every DatabaseError: a refused value or a broken constraint is a fault of ours, and no reason to retry.
+        case OperationalError() | InterfaceError():
             logger.error("database_unavailable", exc_info=exception)
             return Unavailable("The database does not answer at the moment.")
         case TooManyFieldsSent():

@@ -32,12 +32,12 @@ def main() -> None:
         sys.exit(f"Countersign does not start: {error}")
 
     from django.conf import settings
-    from django.db import OperationalError
+    from django.db import DatabaseError
 
     ensure_port_free(settings.HOST, settings.PORT)
     try:
         password = prepare_database()
-    except OperationalError as error:
+    except DatabaseError as error:
         sys.exit(f"Countersign does not start: DATABASE_URL, {settings.DATABASES['default']['NAME']}: {error}.")
     sys.stdout.write(banner(made, password))
     sys.stdout.flush()

@@ -18,7 +18,7 @@ from events_app.models import Event
 from orchestrator_site.errors import Invalid
 from orchestrator_site.http import SESSION_ID
 from sessions_app.callers import Caller
-from sessions_app.models import Session, SessionIdTaken, Turn, UnknownSession, new_id
+from sessions_app.models import Session, SessionIdTaken, Turn, TurnMoved, UnknownSession, new_id
 
 
 def valid_session_id(session_id: str) -> str:
@@ -82,10 +82,9 @@ def emit(session: Session, chunk: Chunk, *, origin: str) -> None:
     if session.live_turn() is not None:
         log.leave_unnumbered(session.pk, origin, body)
     else:
-        # Left behind by a runner that died: they were said earlier.
-        frames = log.number_waiting(session.pk, lambda: session.reserve_numbers(1))
-        frames.append(Frame.of(session.reserve_numbers(1), origin, body, closes=True))
-        log.append(session.pk, frames[-1:])
+        # What was left to a runner that died was said earlier.
+        log.number_waiting(session.pk, lambda: session.reserve_numbers(1))
+        log.append(session.pk, [Frame.of(session.reserve_numbers(1), origin, body, closes=True)])
     transaction.on_commit(lambda: feed.poke(session.pk))
 
 
@@ -113,7 +112,8 @@ def delete(caller: Caller, session_id: str) -> None:
 def cancel(caller: Caller, session_id: str) -> uuid.UUID | None:
     """Cancel the session's open turn and return its id, None when there is none. Messages queued behind it go on.
 
-    A turn that is running ends a moment later by its runner's hand; after this it can end in no other way.
+    A turn that is running ends a moment later by its runner's hand; after this it can end in no other way. Raises
+    TurnMoved when it was neither held nor free, which the session's lock should not allow.
     """
     session = locked_for(caller, session_id)
     turn = session.turns.unfinished().order_by("position").first()
@@ -128,7 +128,8 @@ def _cancel(session: Session, turn: Turn) -> None:
     if turn.request_cancel():
         transaction.on_commit(lambda: feed.poke(session.pk))
         return
-    if turn.cancel_unheld("cancelled"):
-        chunk = TurnFinished(str(turn.pk), Turn.Status.CANCELLED, "cancelled", turn.usage)
-        emit(session, chunk, origin=str(turn.pk))
-        transaction.on_commit(feed.wake_runner)
+    if not turn.cancel_unheld("cancelled"):
+        raise TurnMoved("The turn moved on while it was being cancelled.")
+    chunk = TurnFinished(str(turn.pk), Turn.Status.CANCELLED, "cancelled", turn.usage)
+    emit(session, chunk, origin=str(turn.pk))
+    transaction.on_commit(feed.wake_runner)

@@ -25,6 +25,10 @@ class SessionIdTaken(Conflict):
     code = "session_id_taken"
 
 
+class TurnMoved(Conflict):
+    code = "turn_moved"
+
+
 class LostClaim(Exception):
     """The turn is no longer this runner's: another one took it over, or it has ended."""
 
@@ -273,6 +277,15 @@ class Turn(models.Model):
         return bool(
             Turn.objects.filter(unheld, pk=self.pk).update(
                 status=Turn.Status.CANCELLED, code=code, finished_at=Now(), lease_until=None
+            )
+        )
+
+    def fail_unclaimed(self, code: str) -> bool:
+        """End a turn whose rows nobody can work with; the caller holds the session's lock."""
+        was = Q(status=Turn.Status.QUEUED) | Q(status=Turn.Status.RUNNING, lease_until__lte=Now())
+        return bool(
+            Turn.objects.filter(was, pk=self.pk, attempt=self.attempt).update(
+                status=Turn.Status.FAILED, code=code, finished_at=Now(), lease_until=None
             )
         )
 

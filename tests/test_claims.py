@@ -245,6 +245,9 @@ def test_a_row_that_cannot_be_worked_with_fails_its_turn_and_keeps_nobody_waitin
     assert [each.turn_id for each, _ in claimed] == [healthy.pk]
     broken.refresh_from_db()
     assert (broken.status, broken.code) == ("failed", "internal_error")
+    said = log.page("broken", 0)[0]
+    assert [frame.closes for frame in said] == [False, True], "whoever waits for its answer gets an end"
+    assert '"type":"turn_finished"' in said[-1].body
 
 
 def _switched() -> AgentSwitched:

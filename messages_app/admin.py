@@ -142,10 +142,9 @@ def _switches_beside(session: Session, page: Page[Turn]) -> tuple[list[Handoff],
     turns = list(page.object_list)
     found = session.handoffs.filter(turn__isnull=True).order_by("id")
     if page.has_previous():
-        found = found.filter(created_at__gte=turns[0].created_at)
+        found = found.filter(after_position__gte=turns[0].position)
     if page.has_next():
-        later = session.turns.filter(position__gt=turns[-1].position).order_by("position")
-        found = found.filter(created_at__lt=later.values("created_at")[:1])
+        found = found.filter(after_position__lte=turns[-1].position)
     shown = list(found[: SWITCHES_PER_PAGE + 1])
     left = found.count() - SWITCHES_PER_PAGE if len(shown) > SWITCHES_PER_PAGE else 0
     return shown[:SWITCHES_PER_PAGE], left
@@ -164,7 +163,7 @@ def _entries(turns: Any, switches: list[Handoff]) -> Iterator[Entry]:
         said[handoff.turn_id].append(Said(visible(handoff.reason), handoff=handoff))
     waiting = deque(switches)
     for turn in turns:
-        while waiting and waiting[0].created_at < turn.created_at:
+        while waiting and waiting[0].after_position < turn.position:
             yield _switch(waiting.popleft())
         yield Entry(turn, sorted(said[turn.pk], key=lambda each: each.order))
     yield from map(_switch, waiting)

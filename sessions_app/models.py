@@ -112,7 +112,12 @@ class Session(models.Model):
     def hand_over(self, to: str, *, reason: str, confidence: str | None, turn_id: uuid.UUID | None) -> "Handoff":
         """Pass the session to another agent; the caller holds the row's lock."""
         handoff = self.handoffs.create(
-            from_agent=self.current_agent, to_agent=to, reason=reason, confidence=confidence, turn_id=turn_id
+            from_agent=self.current_agent,
+            to_agent=to,
+            reason=reason,
+            confidence=confidence,
+            turn_id=turn_id,
+            after_position=self.turn_count,
         )
         Session.objects.filter(pk=self.pk).update(current_agent=to, switch_count=F("switch_count") + 1)
         self.current_agent = to
@@ -295,6 +300,8 @@ class Handoff(models.Model):
 
     session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="handoffs")
     turn = models.ForeignKey(Turn, on_delete=models.PROTECT, null=True, related_name="handoffs")
+    # The database's clock is too coarse to tell: SQLite's has milliseconds.
+    after_position = models.PositiveIntegerField(default=0, help_text="The session's last turn when it happened.")
     from_agent = models.CharField(max_length=32)
     to_agent = models.CharField(max_length=32)
     reason = models.TextField()

@@ -513,6 +513,7 @@ def test_an_id_that_looks_quoted_leads_to_its_own_page(superuser: Client) -> Non
 def test_a_transcript_reads_from_the_question_over_the_handoff_to_the_answer(operator: Client) -> None:
     session = make_session()
     turn = make_turn(session, "Where is the bug?")
+    session.refresh_from_db()
     session.hand_over("debug", reason="Somebody has to look.", confidence="high", turn_id=turn.pk)
     Message.objects.create(
         session=session, turn=turn, turn_position=1, role="assistant", content="In line 3.", agent="debug"
@@ -541,6 +542,7 @@ def test_a_transcript_has_pages_and_leads_to_the_newest(operator: Client) -> Non
     session = make_session()
     for number in range(1, 102):
         turn = Turn.objects.create(session=session, position=number, status="completed")
+        session.turn_count = number
         Message.objects.create(session=session, turn=turn, turn_position=number, role="user", content=f"<{number}>")
         if number in (50, 75):
             session.hand_over("ask", reason=f"after {number}", confidence=None, turn_id=None)

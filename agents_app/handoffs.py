@@ -2,18 +2,21 @@
 
 import uuid
 from dataclasses import replace
+from typing import Any
 
 from django.db import transaction
+from django.db.models import F
 
 from agents_app.models import Agent
 from events_app import log
-from events_app.chunks import AgentSwitched
+from events_app.chunks import AgentSwitched, Chunk
 from orchestrator_site.errors import BadRequest
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
-from sessions_app.models import Session
+from sessions_app.models import Session, ToolCall, Turn
 
 MAX_SWITCHES = 50
+MAX_REASON_CHARS = 2_000
 
 
 class UnknownAgent(BadRequest):
@@ -40,9 +43,30 @@ def hand_over(
 ) -> AgentSwitched:
     """Record a handoff in the transaction that holds the session's lock; the chunk that says so."""
     handoff = session.hand_over(to, reason=reason, confidence=confidence, turn_id=turn_id)
+    if turn_id is not None:
+        Turn.objects.filter(pk=turn_id).update(handoff_count=F("handoff_count") + 1)
     details = {"from_agent": handoff.from_agent, "to_agent": to, "reason": reason, "confidence": confidence}
     log.record(lifecycle.fact(session, "agent.switched", turn_id=turn_id, switched_by=by, **details))
     return AgentSwitched(handoff.from_agent, to, reason, confidence)
+
+
+def switch_mode(
+    session: Session, turn: Turn, arguments: dict[str, Any], *, by: str
+) -> tuple[str, ToolCall.Outcome, list[Chunk]]:
+    """What an agent's own call to pass the session on does: the result that the model reads, and the chunk to be said.
+
+    The caller holds the session's lock.
+    """
+    to = arguments["mode"]
+    try:
+        ensure_known(to)
+    except UnknownAgent as unknown:
+        return f"Error: {unknown.detail}", ToolCall.Outcome.ERROR, []
+    if to == session.current_agent:
+        return f"The {to} agent is active already", ToolCall.Outcome.OK, []
+    reason = (arguments.get("reason") or f"{by} asked for {to}")[:MAX_REASON_CHARS]
+    chunk = hand_over(session, to, reason=reason, confidence="medium", by=by, turn_id=turn.pk)
+    return f"Switched to {to} agent", ToolCall.Outcome.OK, [chunk]
 
 
 @transaction.atomic

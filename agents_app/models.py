@@ -1,10 +1,15 @@
-"""Who acts: the agents, what they are told and which tools they may use."""
+"""Who acts, with which tools, under which policy, signed off by whom."""
 
+import json
 from typing import Any, Self
 
 from django.conf import settings
 from django.db import models
 from django.db.models import QuerySet
+from django.db.models.functions import Now
+
+from sessions_app.callers import Caller
+from sessions_app.models import Session, ToolCall
 
 
 class AgentQuerySet(QuerySet["Agent"]):
@@ -59,3 +64,136 @@ class Agent(models.Model):
             "allowed_tools": self.allowed_tools,
             "has_file_restrictions": bool(self.writable_paths),
         }
+
+
+class Tool(models.Model):
+    """Something an agent may ask to have done. What it may be asked with is told by a JSON schema."""
+
+    name = models.CharField(primary_key=True, max_length=64)
+    position = models.PositiveSmallIntegerField(
+        default=0, help_text="Its place among the tools that a model is offered."
+    )
+    description = models.TextField(help_text="What the model is told about it.")
+    parameters = models.JSONField(help_text="The JSON schema of its arguments, an object's.")
+    version = models.PositiveIntegerField(default=1, help_text="Goes into the hash that an approval is given for.")
+
+    class Meta:
+        ordering = ["position", "name"]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def as_function(self) -> dict[str, Any]:
+        """The form in which chat completions offer it."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+
+class ApprovalRule(models.Model):
+    """What happens to calls of some tools by some agents. Of all that match the strongest outcome wins."""
+
+    class Outcome(models.TextChoices):
+        ALLOW = "allow"
+        ASK = "ask", "ask a person"
+        DENY = "deny"
+
+    position = models.PositiveIntegerField(
+        default=100, help_text="Among equally strong rules the lowest gives the reason."
+    )
+    tool = models.CharField(max_length=100, help_text="A name, or a pattern with * and ? for the whole of it.")
+    agent = models.CharField(max_length=32, blank=True, help_text="Empty: every agent.")
+    outcome = models.CharField(max_length=8, choices=Outcome.choices)
+    reason = models.CharField(
+        max_length=500, blank=True, help_text="What the person who decides, or the model, is told."
+    )
+    self_approval = models.BooleanField(
+        default=False, help_text="Whether the API client that drives the session may decide itself."
+    )
+    is_active = models.BooleanField(default=True)
+
+    class Meta:
+        ordering = ["position", "id"]
+
+    def __str__(self) -> str:
+        return f"{self.outcome} {self.tool}"
+
+
+class ApprovalRequestQuerySet(QuerySet["ApprovalRequest"]):
+    def pending(self) -> Self:
+        return self.filter(status=ApprovalRequest.Status.PENDING)
+
+    def visible_to(self, caller: Caller) -> Self:
+        """Those of the sessions that the caller may see."""
+        return self.filter(session__in=Session.objects.visible_to(caller))
+
+
+class ApprovalRequest(models.Model):
+    """A tool call that waits for a person, with the arguments as they were shown and their hash.
+
+    `approvals.decide` is the only way from pending to anything else.
+    """
+
+    class Status(models.TextChoices):
+        PENDING = "pending"
+        APPROVED = "approved"
+        EDITED = "edited"
+        REJECTED = "rejected"
+        SUPERSEDED = "superseded"
+        CANCELLED = "cancelled"
+
+    call = models.OneToOneField(ToolCall, on_delete=models.PROTECT, related_name="approval")
+    session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="approvals")
+    tool_name = models.CharField(max_length=200)
+    arguments_text = models.TextField(help_text="Canonical JSON, as it was shown.")
+    args_hash = models.CharField(max_length=64)
+    rule = models.ForeignKey(ApprovalRule, on_delete=models.SET_NULL, null=True)
+    reason = models.CharField(max_length=500, blank=True)
+    self_approval = models.BooleanField(help_text="As the rule said when it was made.")
+    status = models.CharField(max_length=16, choices=Status.choices, default=Status.PENDING)
+    created_at = models.DateTimeField(db_default=Now())
+
+    objects = ApprovalRequestQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["id"]
+        indexes = [
+            models.Index(fields=["status", "id"], name="approval_by_status"),
+            models.Index(fields=["session", "status", "id"], name="approval_by_session"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.tool_name} {self.call_id}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(json.loads(self.arguments_text))
+
+
+class Decision(models.Model):
+    """How an approval request ended, by whom and why."""
+
+    class Verdict(models.TextChoices):
+        APPROVE = "approve"
+        EDIT = "edit"
+        REJECT = "reject"
+        SUPERSEDED = "superseded"
+        CANCELLED = "cancelled"
+
+    request = models.OneToOneField(ApprovalRequest, on_delete=models.PROTECT, related_name="decision")
+    verdict = models.CharField(max_length=16, choices=Verdict.choices)
+    decided_by = models.CharField(max_length=150)
+    channel = models.CharField(max_length=16)
+    feedback = models.TextField(blank=True)
+    edited_text = models.TextField(blank=True, help_text="The arguments of an edit, as canonical JSON.")
+    args_hash = models.CharField(max_length=64, help_text="Of the arguments that were decided on.")
+    decided_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ["id"]
+
+    def __str__(self) -> str:
+        return f"{self.verdict} by {self.decided_by}"
+
+    @property
+    def edited_arguments(self) -> dict[str, Any] | None:
+        return dict(json.loads(self.edited_text)) if self.edited_text else None

@@ -21,6 +21,26 @@ class AssistantText:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCalled:
+    """A tool call that waits for its result, or first for a person."""
+
+    type: ClassVar[str] = "tool_call"
+    call_id: str
+    tool_name: str
+    arguments: dict[str, Any]
+    requires_approval: bool
+
+    def as_wire(self) -> dict[str, Any]:
+        return {
+            "call_id": self.call_id,
+            "tool_name": self.tool_name,
+            "arguments": self.arguments,
+            "requires_approval": self.requires_approval,
+            "is_final": True,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class AgentSwitched:
     """A handoff; final when it is the whole answer to `switch_agent`."""
 
@@ -60,6 +80,24 @@ class ErrorShown:
             "is_final": True,
             "metadata": {"code": self.code, **self.metadata},
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalResolved:
+    """What became of a tool call that waited for a person, with the arguments that were decided on."""
+
+    type: ClassVar[str] = "approval_resolved"
+    call_id: str
+    decision: str
+    arguments: dict[str, Any]
+    args_hash: str
+    feedback: str | None
+    decided_by: str
+    decided_at: str
+
+    def as_wire(self) -> dict[str, Any]:
+        details = ("decision", "arguments", "args_hash", "feedback", "decided_by", "decided_at")
+        return {"call_id": self.call_id, "metadata": {name: getattr(self, name) for name in details}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +144,26 @@ class StreamReset:
         return {"metadata": {"from": self.oldest}}
 
 
-Chunk = AssistantText | AgentSwitched | ErrorShown | TurnStarted | TurnFinished | Restarted | StreamReset
+Chunk = (
+    AssistantText
+    | ToolCalled
+    | AgentSwitched
+    | ErrorShown
+    | ApprovalResolved
+    | TurnStarted
+    | TurnFinished
+    | Restarted
+    | StreamReset
+)
 
 # The contract's own chunks, which the old gateway forwards. Everything else is sent in a form that it skips.
-_FORWARDED = (AssistantText, AgentSwitched, ErrorShown)
+_FORWARDED = (AssistantText, ToolCalled, AgentSwitched, ErrorShown)
 
 
 def encode(chunk: Chunk) -> str:
     """The SSE fields of a whole chunk, without its `id:` line."""
     payload = _json({"type": chunk.type, **chunk.as_wire()})
-    return f"event: message\ndata: {payload}\n\n" if isinstance(chunk, _FORWARDED) else f"data:{payload}\n\n"
+    return f"{FORWARDED_PREFIX}{payload}\n\n" if isinstance(chunk, _FORWARDED) else f"data:{payload}\n\n"
 
 
 def encode_delta(text: str) -> str:
@@ -123,4 +171,5 @@ def encode_delta(text: str) -> str:
     return f'{DELTA_PREFIX}{encode_basestring_ascii(text)},"is_final":false}}\n\n'
 
 
+FORWARDED_PREFIX = "event: message\ndata: "
 DELTA_PREFIX = 'data:{"type":"assistant_message","token":'

@@ -14,8 +14,22 @@ from orchestrator_site.http import wire_time
 # What /events/audit-log shows, under the names it has there, with the extra keys of each.
 AUDIT_LOG = {
     "agent.switched": ("agent_switched", ("from_agent", "to_agent", "reason", "confidence")),
+    "hitl.decision.made": (
+        "hitl_decision_made",
+        ("call_id", "decision", "tool_name", "original_args", "modified_args"),
+    ),
     "agent.error.occurred": ("agent_error", ("agent", "error_message", "error_type")),
+    "tool.execution.failed": ("tool_execution_failed", ("tool_name", "call_id", "error_message", "error_type")),
+    "tool.approval.required": ("tool_approval_required", ("tool_name", "call_id", "reason", "arguments")),
 }
+# What is counted of each tool (protocol 8.2), and the decisions that have a figure of their own.
+EXECUTIONS = {
+    "tool.execution.requested": "requested",
+    "tool.execution.completed": "completed",
+    "tool.execution.failed": "failed",
+    "tool.approval.required": "requires_approval",
+}
+DECISIONS = ("approve", "edit", "reject")
 
 
 class NoMetrics(NotFound):
@@ -23,7 +37,7 @@ class NoMetrics(NotFound):
 
 
 def metrics(account_id: int) -> dict[str, Any]:
-    """Protocol 8.2. Nothing calls tools yet, so their figures and those of decisions are empty."""
+    """Protocol 8.2."""
     events = Event.objects.filter(account_id=account_id).order_by()
     switches = (
         events.filter(event_type="agent.switched")
@@ -52,20 +66,35 @@ def metrics(account_id: int) -> dict[str, Any]:
             succeeded=Count("id", filter=Q(data__success=True)),
         )
     }
+    executions: dict[str, dict[str, int]] = {}
+    for tool, kind, number in _by_tool(events.filter(event_type__in=EXECUTIONS), "event_type"):
+        executions.setdefault(tool, dict.fromkeys(EXECUTIONS.values(), 0))[EXECUTIONS[kind]] = number
+    decisions: dict[str, dict[str, int]] = {}
+    made = events.filter(event_type="hitl.decision.made", data__decision__in=DECISIONS)
+    for tool, decision, number in _by_tool(made, KT("data__decision")):
+        decisions.setdefault(tool, {each.upper(): 0 for each in DECISIONS})[decision.upper()] = number
     return {
         "metrics": {
             "agent_switches": {f"{start}_to_{end}": number for start, end, number in switches},
             "agent_processing": processing,
-            "tool_executions": {},
-            "hitl_decisions": {},
+            "tool_executions": executions,
+            "hitl_decisions": decisions,
             "errors": errors,
         },
         "computed": {
             f"{agent}_avg_duration_ms": round(row["total_duration_ms"] / row["count"], 2)
             for agent, row in processing.items()
+        }
+        | {
+            f"{tool}_success_rate": round(row["completed"] / max(row["completed"] + row["failed"], 1), 3)
+            for tool, row in executions.items()
         },
         "timestamp": wire_time(timezone.now()),
     }
+
+
+def _by_tool(events: Any, by: Any) -> Any:
+    return events.values_list(KT("data__tool_name"), by).annotate(number=Count("id"))
 
 
 def audit_log(account_id: int, *, session_id: str | None, event_type: str | None, limit: int) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Self
 
-from events_app.chunks import DELTA_PREFIX, Chunk, encode
+from events_app.chunks import DELTA_PREFIX, FORWARDED_PREFIX, Chunk, encode
 
 PING = b": ping\n\n"
-DONE = b'event: done\ndata: {"status":"completed"}\n\n'
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,17 @@ class Frame:
     def body(self) -> str:
         return self.wire.partition(b"\n")[2].decode("ascii")
 
+    @property
+    def forwarded(self) -> str | None:
+        """The JSON of a chunk of the contract, which the old gateway hands on to its clients; None for the rest."""
+        _, found, rest = self.wire.partition(FORWARDED_PREFIX.encode())
+        return rest.decode("ascii").strip() if found else None
 
-def unnumbered_wire(chunk: Chunk) -> bytes:
-    """A refusal: for the one request that it answers, never logged."""
-    return encode(chunk).encode("ascii")
+    @classmethod
+    def unnumbered(cls, chunk: Chunk) -> Self:
+        """For the one request that it answers, never logged."""
+        return cls(0, "", encode(chunk).encode("ascii"), is_delta=False)
+
+
+# The end of a complete answer.
+DONE = Frame(0, "", b'event: done\ndata: {"status":"completed"}\n\n', is_delta=False, closes=True)

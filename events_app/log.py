@@ -1,4 +1,4 @@
-"""The only writers of events, model calls and stream batches, and the reader of the stream log."""
+"""The only writers of events, audit entries and stream batches, and the reader of the stream log."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -8,7 +8,7 @@ from django.db.models import Max
 from django.utils import timezone
 
 from events_app.frames import Frame
-from events_app.models import Event, StreamBatch
+from events_app.models import AuditEntry, Event, StreamBatch
 
 PAGE = 100
 
@@ -31,6 +31,26 @@ def record(*facts: Event) -> None:
     Event.objects.bulk_create(facts)
 
 
+def audit(
+    by: Any, action: str, *, session_id: str, target: str = "", reason: str = "", refused: bool = False, **details: Any
+) -> None:
+    """Write down who did what, in the transaction in which it happens. `by`: a Caller."""
+    AuditEntry.objects.create(
+        account_id=by.account_id,
+        at=timezone.now(),
+        actor=by.name,
+        channel=by.channel,
+        address=by.address,
+        request_id=by.request_id,
+        action=action,
+        outcome=AuditEntry.Outcome.REFUSED if refused else AuditEntry.Outcome.DONE,
+        session_id=session_id,
+        target=target,
+        reason=reason,
+        details=details,
+    )
+
+
 def append(session_id: str, frames: Sequence[Frame]) -> None:
     """Log numbered frames, in order, in the caller's transaction: one row for each run of the same origin."""
     StreamBatch.objects.bulk_create(
@@ -51,10 +71,10 @@ def batch_of(session_id: str, run: Sequence[Frame]) -> StreamBatch:
     )
 
 
-def leave_unnumbered(session_id: str, origin: str, body: str) -> None:
-    """Store a frame that closes its answer for the session's live runner to number."""
+def leave_unnumbered(session_id: str, origin: str, body: str, *, closes: bool) -> None:
+    """Store a frame for the session's live runner to number."""
     StreamBatch.objects.create(
-        session_id=session_id, origin=origin, frames=[[None, body]], closes=True, created_at=timezone.now()
+        session_id=session_id, origin=origin, frames=[[None, body]], closes=closes, created_at=timezone.now()
     )
 
 

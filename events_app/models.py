@@ -1,4 +1,4 @@
-"""What happened: facts, the frames of each session's stream, and what every model step cost."""
+"""What happened: facts, the frames of each session's stream, what every model step cost, who did what."""
 
 import uuid
 
@@ -97,3 +97,36 @@ class ModelCall(models.Model):
 
     def __str__(self) -> str:
         return f"{self.purpose} by {self.agent} with {self.model}"
+
+
+class AuditEntry(models.Model):
+    """Who did what and why, for people. Never changed, never deleted."""
+
+    class Outcome(models.TextChoices):
+        DONE = "done"
+        REFUSED = "refused"
+
+    account_id = models.BigIntegerField()
+    at = models.DateTimeField()
+    actor = models.CharField(max_length=150)
+    channel = models.CharField(max_length=16, help_text="By which way: api, socket, admin, system.")
+    address = models.CharField(max_length=64, blank=True)
+    request_id = models.CharField(max_length=64, blank=True)
+    action = models.CharField(max_length=64)
+    outcome = models.CharField(max_length=16, choices=Outcome.choices)
+    session_id = models.CharField(max_length=128, blank=True)
+    target = models.CharField(max_length=128, blank=True, help_text="What it was done to, for example a call's id.")
+    reason = models.TextField(blank=True)
+    details = models.JSONField(default=dict)
+
+    class Meta:
+        ordering = ["id"]
+        verbose_name_plural = "audit entries"
+        indexes = [
+            models.Index(fields=["account_id", "id"], name="audit_by_account"),
+            models.Index(fields=["session_id", "id"], name="audit_by_session"),
+            models.Index(fields=["target", "id"], name="audit_by_target"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.action} by {self.actor}"

@@ -1,41 +1,71 @@
 """Storing what a client sent, in one transaction, before anything is said about it."""
 
-import uuid
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import F
 from django.db.models.functions import Now
 
-from agents_app import handoffs
+from agents_app import approvals, handoffs
+from agents_app.approvals import (
+    AlreadyDecided,
+    Answer,
+    ArgumentsChanged,
+    Choice,
+    Outcome,
+    PolicyChanged,
+    SelfApprovalForbidden,
+    Verdict,
+)
 from events_app import log
+from events_app.chunks import ErrorShown
 from events_app.feed import feed
-from messages_app.inbound import UserMessage
+from messages_app import ending
+from messages_app.inbound import HitlDecision, SwitchAgent, ToolResult, UserMessage
 from messages_app.models import Message
 from orchestrator_site.errors import TooMany
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
-from sessions_app.models import Session
+from sessions_app.models import Session, ToolCall, Turn
 
 TITLE_CHARS = 500
+DECISIONS = {"approve": Verdict.APPROVE, "edit": Verdict.EDIT, "reject": Verdict.REJECT}
+# How clients begin the error of a call that their user did not want (protocol 5).
+REJECTIONS = ("User rejected", "Операция отклонена")
+NO_RESULT = "Tool executed successfully"
+OTHER_ARGUMENTS = "The client reports that it executed other arguments than those that were released."
 
 
 class QueueFull(TooMany):
     code = "queue_full"
 
 
+class Refused(Exception):
+    """A refusal that the contract puts into the stream, for this request alone; nothing was stored."""
+
+    def __init__(self, message: str, code: str, **metadata: Any) -> None:
+        super().__init__(code)
+        self.chunk = ErrorShown(message, code, metadata)
+
+
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Where the answer is to be looked for: the session's stream past number `after`, frames of `turn_id`."""
+    """Where the answer is to be looked for: the session's stream past number `after`, frames of `origin`, if any."""
 
     session_id: str
-    turn_id: uuid.UUID
-    after: int
+    origin: str = ""
+    after: int = 0
+    has_frames: bool = True
 
 
 @transaction.atomic
 def user_message(message: UserMessage, caller: Caller) -> Accepted:
-    """Store the message and queue the turn that it opens.
+    """Store the message and queue the turn that it opens; a turn that waits is superseded by it.
 
     Raises UnknownAgent, UnknownSession for another account's session, QueueFull.
     """
@@ -43,9 +73,11 @@ def user_message(message: UserMessage, caller: Caller) -> Accepted:
         handoffs.ensure_known(message.agent_type)
     session = lifecycle.locked_or_created(caller, message.session_id)
     # One that is being worked on and TURN_QUEUE_LENGTH behind it.
-    unfinished = session.turns.unfinished().count()
-    if unfinished > settings.TURN_QUEUE_LENGTH:
+    unfinished = list(session.turns.unfinished().order_by("position"))
+    if len(unfinished) > settings.TURN_QUEUE_LENGTH:
         raise QueueFull("This session has as many messages waiting as it may.", Retry_After="5")
+    if unfinished and unfinished[0].status == Turn.Status.WAITING:
+        ending.supersede(session, unfinished.pop(0), caller)
     requested = message.agent_type or ""
     if requested and session.turn_count == 0 and session.switch_count == 0:
         # A session that has had nothing yet starts on the agent asked for, without a handoff (section 4, row 3).
@@ -57,10 +89,129 @@ def user_message(message: UserMessage, caller: Caller) -> Accepted:
     )
     Session.objects.filter(pk=session.pk).update(
         turn_count=turn.position,
-        message_count=session.message_count + 1,
+        message_count=F("message_count") + 1,
         last_activity=Now(),
         title=session.title if session.title is not None else message.content.strip()[:TITLE_CHARS],
     )
     log.record(lifecycle.fact(session, "session.message.added", turn_id=turn.pk, role="user", sent_by=caller.name))
     transaction.on_commit(feed.wake_runner)
-    return Accepted(session.pk, turn.pk, lifecycle.position(session) if unfinished else session.next_seq - 1)
+    after = lifecycle.position(session) if unfinished else session.next_seq - 1
+    return Accepted(session.pk, str(turn.pk), after)
+
+
+def switch_agent(message: SwitchAgent, caller: Caller) -> Accepted:
+    """Raises UnknownAgent, UnknownSession for another account's session."""
+    after, origin = handoffs.switch_by_message(caller, message.session_id, message.agent_type, reason=message.reason)
+    return Accepted(message.session_id, origin, after)
+
+
+def tool_result(message: ToolResult, caller: Caller) -> Accepted:
+    """Answer the call, or pass over what comes too late. On a call that still waits it is a decision as well.
+
+    Raises Refused (section 4, rows 11 and 13), UnknownSession for another account's session.
+    """
+    call = _call(message.session_id, message.call_id, caller)
+    if call is None:
+        raise Refused(f"No pending tool call {message.call_id}", "unknown_call")
+    if not call.is_open:
+        return Accepted(message.session_id, has_frames=False)
+    with _deciding(call, caller):
+        session = lifecycle.locked_for(caller, message.session_id)
+        call = session.calls.select_related("turn").get(pk=call.pk)
+        if not call.is_open:
+            return Accepted(session.pk, has_frames=False)
+        after, origin = lifecycle.position(session), str(call.turn_id)
+        if _executed_otherwise(call, message):
+            log.audit(
+                caller,
+                "call.executed_otherwise",
+                session_id=session.pk,
+                target=call.pk,
+                released_hash=call.args_hash,
+                executed_hash=message.args_hash,
+            )
+        if call.status == ToolCall.Status.WAITING:
+            # Whoever executed it has decided on it: the IDE asks its own user and never sends a decision (protocol 5).
+            choice = (
+                Choice(Verdict.REJECT, feedback=message.error) if _is_rejection(message) else Choice(Verdict.APPROVE)
+            )
+            approval = approvals.of_call(session, call.pk)
+            approvals.decide(session, approval, choice, caller, result=_answer_to(call, message))
+            return Accepted(session.pk, origin, after)
+        text, outcome = _answer_to(call, message)
+        approvals.answer(session, call, text, outcome)
+        goes_on = call.turn.go_on()
+        if goes_on:
+            transaction.on_commit(feed.wake_runner)
+        return Accepted(session.pk, origin, after, has_frames=goes_on)
+
+
+def hitl_decision(message: HitlDecision, caller: Caller) -> Accepted:
+    """Raises Refused (section 4, rows 15 to 17, and what `approvals.decide` refuses), EditRefused, UnknownSession."""
+    call = _call(message.session_id, message.call_id, caller)
+    verdict = DECISIONS.get(message.decision)
+    if verdict is None:
+        raise Refused(f"Invalid HITL decision: {message.decision}", "invalid_decision")
+    nothing_pending = f"No pending approval found for request_id={message.call_id}"
+    if call is None or not call.requires_approval:
+        raise Refused(nothing_pending, "unknown_call")
+    choice = Choice(verdict, message.modified_arguments, message.feedback, message.args_hash)
+    try:
+        with _deciding(call, caller):
+            session = lifecycle.locked_for(caller, message.session_id)
+            after, approval = lifecycle.position(session), approvals.of_call(session, call.pk)
+            approvals.decide(session, approval, choice, caller)
+            return Accepted(session.pk, str(call.turn_id), after)
+    except AlreadyDecided as late:
+        raise Refused(nothing_pending, late.code, **late.more) from None
+
+
+@contextmanager
+def _deciding(call: ToolCall, caller: Caller) -> Iterator[None]:
+    """What `decide` refuses becomes a chunk, but for an edit that does not fit: that is bad input like any other."""
+    try:
+        with approvals.recording_refusals(caller, call), transaction.atomic():
+            yield
+    except (ArgumentsChanged, PolicyChanged, SelfApprovalForbidden) as refusal:
+        raise Refused(str(refusal.detail), refusal.code) from None
+
+
+def _call(session_id: str, call_id: str, caller: Caller) -> ToolCall | None:
+    """A call of this session. Raises UnknownSession for a session that exists and is not the caller's."""
+    found = ToolCall.objects.filter(pk=call_id, session__in=Session.objects.visible_to(caller).filter(pk=session_id))
+    call = found.first()
+    if call is None and Session.objects.filter(pk=session_id).exists():
+        Session.objects.one_visible_to(caller, session_id)
+    return call
+
+
+def _is_rejection(message: ToolResult) -> bool:
+    return message.error is not None and message.error.startswith(REJECTIONS)
+
+
+def _executed_otherwise(call: ToolCall, message: ToolResult) -> bool:
+    return message.args_hash is not None and message.args_hash != call.args_hash
+
+
+def _answer_to(call: ToolCall, message: ToolResult) -> Answer:
+    """What the model reads of a result (protocol 4, last paragraph, and 5 for an edited call)."""
+    text = _text_of(message)
+    outcome = Outcome.OK if message.error is None else Outcome.ERROR
+    if _is_rejection(message) and call.status == ToolCall.Status.WAITING:
+        outcome = Outcome.REJECTED
+    other = _executed_otherwise(call, message)
+    if not call.released_text:
+        return (f"{text}\n\n{OTHER_ARGUMENTS}" if other else text), outcome
+    edited = {"status": "approved_with_edits", "tool_name": call.tool_name, "arguments": call.final_arguments}
+    note = {"note": OTHER_ARGUMENTS} if other else {}
+    return json.dumps({**edited, "result": text, **note}, ensure_ascii=False), outcome
+
+
+def _text_of(message: ToolResult) -> str:
+    if message.error is not None:
+        return f"Error: {message.error}"
+    if message.result is None or message.result == "":
+        return NO_RESULT
+    if isinstance(message.result, str):
+        return message.result
+    return json.dumps(message.result, ensure_ascii=False)

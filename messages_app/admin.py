@@ -17,11 +17,11 @@ from django.views.decorators.http import require_safe
 from unfold.decorators import display
 
 from events_app.admin import BrowseOnlyAdmin, session_link
-from events_app.display import Shown, box, clipped, duration, link, moment, visible
+from events_app.display import Shown, badge, box, clipped, duration, link, moment, visible
 from messages_app.models import Message
 from orchestrator_site.http import SESSION_PATH
 from sessions_app.admin import status_badge
-from sessions_app.models import Handoff, Session, Turn
+from sessions_app.models import Handoff, Session, ToolCall, Turn
 
 TURNS_PER_PAGE = 50
 # A turn's handoffs are bounded, switches between turns are not.
@@ -29,23 +29,39 @@ SWITCHES_PER_PAGE = 100
 # Messages are shown whole until a page has this much; what comes then begins here and is whole on its own page.
 CHARACTERS_PER_PAGE = 1_000_000
 BEGINNING = 1_000
+CALL_COLOURS = {"waiting": "warning", "released": "primary", "ok": "success", "error": "danger", "refused": "danger"}
 
 
 @dataclass(slots=True)
 class Said:
-    """A message or a handoff of a transcript, and its text as it is shown."""
+    """A message, a tool call or a handoff of a transcript, and its text as it is shown."""
 
     text: str
     message: Message | None = None
+    call: ToolCall | None = None
     handoff: Handoff | None = None
     is_cut: bool = False
+    edited: str = ""
+    answer: str = ""
 
     @property
-    def order(self) -> tuple[Any, int]:
-        """The message that starts a turn is stored with it; a handoff and an answer may carry the same moment."""
-        if self.message is None:
-            return self.handoff.created_at if self.handoff else None, 1
-        return self.message.created_at, 0 if self.message.role == Message.Role.USER else 2
+    def order(self) -> tuple[Any, ...]:
+        """By time; what may carry the same moment in the order in which it can only have happened."""
+        if self.call is not None:
+            return self.call.created_at, 2, self.call.position
+        if self.handoff is not None:
+            return self.handoff.created_at, 3, self.handoff.pk
+        assert self.message is not None  # noqa: S101 (it is one of the three)
+        asks = self.message.round > 0
+        return self.message.created_at, 0 if self.message.role == Message.Role.USER else 1 if asks else 4, 0
+
+    @property
+    def state(self) -> str:
+        """A call's status, or how it ended."""
+        if self.call is None:
+            return ""
+        state = self.call.outcome or self.call.status
+        return badge(state, CALL_COLOURS.get(state, "default"))
 
 
 @dataclass(slots=True)
@@ -159,6 +175,12 @@ def _entries(turns: Any, switches: list[Handoff]) -> Iterator[Entry]:
         room -= len(message.content) if whole else 0
         text = visible(message.content) if whole else clipped(message.content, BEGINNING)
         said[message.turn_id].append(Said(text, message=message, is_cut=not whole))
+    for call in ToolCall.objects.filter(turn__in=list(said)).in_order():
+        parts = [call.unusable_arguments or call.arguments_text, call.released_text, call.answer]
+        whole = sum(map(len, parts)) <= room
+        room -= sum(map(len, parts)) if whole else 0
+        text, edited, answer = (visible(part) if whole else clipped(part, BEGINNING) if part else "" for part in parts)
+        said[call.turn_id].append(Said(text, call=call, edited=edited, answer=answer))
     for handoff in Handoff.objects.filter(turn__in=list(said)).order_by("id"):
         said[handoff.turn_id].append(Said(visible(handoff.reason), handoff=handoff))
     waiting = deque(switches)

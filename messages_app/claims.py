@@ -79,36 +79,45 @@ def _claim_together(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> 
             begun = _begin(turn, session, owner, waiting=session.pk in left)
             if begun is not None:
                 claimed.append(begun)
-        StreamBatch.objects.bulk_create(log.batch_of(claim.session_id, frames[-1:]) for claim, frames in claimed)
+        # Those that were left by others are logged already.
+        begins = [(claim, frames[-1:]) for claim, frames in claimed if frames and frames[-1].seq == claim.settled_seq]
+        StreamBatch.objects.bulk_create(log.batch_of(claim.session_id, frames) for claim, frames in begins)
         log.record(*[_started(claim, sessions[claim.session_id]) for claim, _ in claimed])
         return claimed
 
 
 def _begin(turn: Turn, session: Session, owner: str, *, waiting: bool) -> Begun | None:
-    """Claim one turn and reserve its numbers; the last of the frames says that it begins, those before it were left."""
-    is_takeover = turn.status == Turn.Status.RUNNING
+    """Claim one turn and reserve its numbers; with the frames that others left, and last the one that says it begins.
+
+    A turn that goes on after it waited has begun before, and says nothing.
+    """
+    is_takeover, has_waited = turn.status == Turn.Status.RUNNING, turn.round_count > 0
     first, left = session.next_seq, StreamBatch.objects.unnumbered().filter(session_id=session.pk)
     seq = first + (left.count() if waiting else 0)
-    if not turn.claim(owner, settled_seq=seq):
+    is_silent = has_waited and not is_takeover
+    settled = seq - 1 if is_silent else seq
+    if not turn.claim(owner, settled_seq=settled):
         return None
     session.reserve_numbers(BLOCK)
     numbers = iter(range(first, seq))
     frames = log.number_waiting(session.pk, lambda: next(numbers)) if waiting else []
-    origin = str(turn.pk)
-    chunk = Restarted(origin, turn.settled_seq) if is_takeover else TurnStarted(origin)
-    frame = Frame.of(seq, origin, encode(chunk))
+    if not is_silent:
+        origin = str(turn.pk)
+        chunk = Restarted(origin, turn.settled_seq) if is_takeover else TurnStarted(origin)
+        frames.append(Frame.of(seq, origin, encode(chunk)))
     claim = Claim(
         turn.pk,
         session.pk,
         session.account_id,
         owner,
         turn.attempt + 1,
-        seq + 1,
+        settled + 1,
         first + BLOCK,
-        seq,
+        settled,
         turn.requested_agent,
+        turn.ran_ms,
     )
-    return claim, [*frames, frame]
+    return claim, frames
 
 
 def _started(claim: Claim, session: Session) -> Event:

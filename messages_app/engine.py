@@ -22,13 +22,8 @@ from sessions_app.models import ORCHESTRATOR, CancelRequested
 logger = logging.getLogger(__name__)
 
 
-class UnexpectedToolCall(ModelError):
-    def __init__(self) -> None:
-        super().__init__("unexpected_tool_call", "The model asked for a tool, but none was offered to it.")
-
-
 async def run_turn(stream: TurnStream, model: Model) -> str:
-    """Advance the claimed turn to its end and return how it ended.
+    """Advance the claimed turn until it ends, or waits for its tool calls, and return what became of it.
 
     Raises LostClaim when another runner has it, Stopping when the server stops; database errors pass through. In all
     three cases the turn is left as it is, for whoever claims it next.
@@ -42,7 +37,8 @@ class _Run:
     def __init__(self, stream: TurnStream, model: Model) -> None:
         self.stream = stream
         self.model = model
-        self.deadline = asyncio.get_running_loop().time() + settings.TURN_MAX_SECONDS
+        self.started = time.monotonic() - stream.claim.ran_ms / 1000  # had it never waited
+        self.deadline = asyncio.get_running_loop().time() + settings.TURN_MAX_SECONDS - stream.claim.ran_ms / 1000
         self.agent = ORCHESTRATOR
         self.said: list[str] = []
         self.spent: Spent | None = None
@@ -63,18 +59,23 @@ class _Run:
         while True:
             scene = await read(steps.look, self.stream.claim)
             self.agent = scene.agent
-            if scene.agent != ORCHESTRATOR:
-                return await self._answer(scene)
-            chosen = await self._choose(scene)
-            await self.stream.commit(partial(steps.route, chosen=chosen, scene=scene, spent=self.spent))
-            self.spent = None
+            if scene.agent == ORCHESTRATOR:
+                chosen = await self._choose(scene)
+                await self.stream.commit(partial(steps.route, chosen=chosen, scene=scene, spent=self.spent))
+            elif (outcome := await self._answer(scene)) is not None:
+                return outcome
+            # Written with the commit.
+            self.spent, self.said = None, []
 
-    async def _answer(self, scene: Scene) -> str:
+    async def _answer(self, scene: Scene) -> str | None:
+        """One model step and what it leads to; None when the model has to be asked again."""
         finished = await self._ask(scene, "answer", scene.messages, scene.temperature, self._show)
-        if finished.tool_calls:
-            raise UnexpectedToolCall
-        await self.stream.commit(partial(steps.complete, text=finished.text, agent=scene.agent, spent=self.spent))
-        return "completed"
+        if not finished.tool_calls:
+            complete = partial(steps.complete, text=finished.text, agent=scene.agent, spent=self.spent)
+            return await self.stream.commit(complete)
+        ran_ms = round((time.monotonic() - self.started) * 1000)
+        act = partial(steps.act, finished=finished, scene=scene, spent=self.spent, ran_ms=ran_ms)
+        return await self.stream.commit(act)
 
     async def _choose(self, scene: Scene) -> Route:
         """Who takes the message. A router that fails in any way is replaced by keywords."""
@@ -100,7 +101,8 @@ class _Run:
         self.spent = spent = Spent(scene.agent, scene.model, purpose)
         started = time.monotonic()
         try:
-            request = ModelRequest(scene.model, messages, purpose, temperature)
+            offered = scene.tools if purpose == "answer" else []
+            request = ModelRequest(scene.model, messages, purpose, temperature, offered)
             async with self.stream.interruptible(self.deadline), aclosing(self.model.stream(request)) as outputs:
                 async for output in outputs:
                     if isinstance(output, FinishedStep):
@@ -108,8 +110,6 @@ class _Run:
                         spent.completion_tokens = output.usage.completion_tokens
                         spent.total_tokens = output.usage.total_tokens
                         spent.has_tool_calls = bool(output.tool_calls)
-                        if output.tool_calls and purpose == "answer":
-                            spent.error = "unexpected_tool_call"
                         return output
                     if show is not None:
                         await show(output.text)

@@ -3,15 +3,18 @@
 from typing import Any
 
 from messages_app.models import Message
+from messages_app.transcript import as_chat, calls_of
 from orchestrator_site.http import wire_time
 from sessions_app.callers import Caller
-from sessions_app.models import Handoff, Session
+from sessions_app.models import Handoff, Session, ToolCall
 
 
 def history(caller: Caller, session_id: str) -> dict[str, Any]:
     """Protocol 2.8. Raises UnknownSession."""
     session = Session.objects.one_visible_to(caller, session_id)
-    messages = [message.as_chat() for message in session.messages.in_order()]
+    stored = list(session.messages.in_order())
+    calls = calls_of(stored)
+    messages = [said for message in stored for said in as_chat(message, calls[message.turn_id, message.round])]
     return {
         "session_id": session.pk,
         "messages": messages,
@@ -24,19 +27,31 @@ def history(caller: Caller, session_id: str) -> dict[str, Any]:
 
 def messages_of(session: Session) -> list[dict[str, Any]]:
     """Form M of protocol 2.7."""
-    return [_detailed(message) for message in session.messages.in_order()]
+    stored = list(session.messages.in_order())
+    calls = calls_of(stored)
+    detailed = []
+    for message in stored:
+        of_its_round = {call.pk: call for call in calls[message.turn_id, message.round]}
+        for said in as_chat(message, of_its_round.values()):
+            call = of_its_round.get(said.get("tool_call_id", ""))
+            detailed.append(_detailed(message, said) if call is None else _detailed_result(call, said))
+    return detailed
 
 
-def _detailed(message: Message) -> dict[str, Any]:
+def _detailed(message: Message, said: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": str(message.pk),
-        "role": message.role,
-        "content": message.content,
+        "role": said["role"],
+        "content": said["content"],
         "name": None,
         "tool_call_id": None,
-        "tool_calls": None,
+        "tool_calls": said.get("tool_calls"),
         "created_at": wire_time(message.created_at),
     }
+
+
+def _detailed_result(call: ToolCall, said: dict[str, Any]) -> dict[str, Any]:
+    return {"id": call.pk, **said, "tool_calls": None, "created_at": wire_time(call.answered_at or call.created_at)}
 
 
 def _past(handoff: Handoff) -> dict[str, Any]:

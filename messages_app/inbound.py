@@ -7,15 +7,16 @@ from typing import Any, TypeVar
 
 from django.conf import settings
 
+from agents_app.approvals import MAX_FEEDBACK_CHARS
+from agents_app.llm.base import MAX_ARGUMENT_BYTES
 from orchestrator_site.errors import BadRequest, Invalid, TooLarge
 from orchestrator_site.http import read_json
 from sessions_app.lifecycle import valid_session_id
 
 MAX_REASON_CHARS = 2_000
-MAX_FEEDBACK_CHARS = 10_000
 MAX_CALL_ID_CHARS = 128
+MAX_HASH_CHARS = 64
 MAX_RESULT_BYTES = 1024 * 1024
-MAX_ARGUMENT_BYTES = 256 * 1024
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class ToolResult:
     call_id: str
     result: Any = None
     error: str | None = None
+    args_hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class HitlDecision:
     decision: str
     modified_arguments: dict[str, Any] | None = None
     feedback: str | None = None
+    args_hash: str | None = None
 
 
 Inbound = UserMessage | SwitchAgent | ToolResult | HitlDecision
@@ -67,12 +70,16 @@ def parse(body: bytes, content_type: str) -> tuple[Inbound, bool]:
     tokens = _typed(envelope, "stream_tokens", bool)
     if _typed(envelope, "busy", str) not in (None, "enqueue"):
         raise Invalid("This server knows only 'enqueue'.", "body", "busy", kind="enum")
-    message = _typed(envelope, "message", dict, required=True)
+    return typed(session_id, _typed(envelope, "message", dict, required=True)), tokens is not False
+
+
+def typed(session_id: str, message: dict[str, Any]) -> Inbound:
+    """The typed form of a message object, or the refusals of `parse`."""
     kind = message.get("type")
     reader = _READERS.get(kind) if isinstance(kind, str) else None
     if reader is None:
         raise BadRequest(f"Unsupported message type: {kind[:50]}" if isinstance(kind, str) else "A message has a type.")
-    return reader(session_id, message), tokens is not False
+    return reader(session_id, message)
 
 
 def _user_message(session_id: str, message: dict[str, Any]) -> UserMessage:
@@ -102,7 +109,7 @@ def _tool_result(session_id: str, message: dict[str, Any]) -> ToolResult:
     if error is not None and result is not None:
         raise Invalid("Has either a result or an error.", "body", "message", "error")
     _weigh(result if error is None else error, MAX_RESULT_BYTES, "A result")
-    return ToolResult(session_id, call_id, result, error)
+    return ToolResult(session_id, call_id, result, error, _short(message, "args_hash", MAX_HASH_CHARS))
 
 
 def _hitl_decision(session_id: str, message: dict[str, Any]) -> HitlDecision:
@@ -117,7 +124,8 @@ def _hitl_decision(session_id: str, message: dict[str, Any]) -> HitlDecision:
     _weigh(arguments, MAX_ARGUMENT_BYTES, "Arguments")
     if feedback is not None and len(feedback) > MAX_FEEDBACK_CHARS:
         raise TooLarge(f"Feedback may have {MAX_FEEDBACK_CHARS} characters.")
-    return HitlDecision(session_id, call_id, decision, arguments, feedback)
+    args_hash = _short(message, "args_hash", MAX_HASH_CHARS)
+    return HitlDecision(session_id, call_id, decision, arguments, feedback, args_hash)
 
 
 _READERS: dict[str, Callable[[str, dict[str, Any]], Inbound]] = {

@@ -1,6 +1,6 @@
 """What is said."""
 
-from typing import Any, Self
+from typing import Self
 
 from django.db import models
 from django.db.models import QuerySet
@@ -16,12 +16,14 @@ class MessageQuerySet(QuerySet["Message"]):
 
 
 class Message(models.Model):
-    """A stored thing that was said, by a user or an agent. Only ever appended."""
+    """A stored thing that was said, by a user or an agent. Only ever appended.
+
+    The tool calls that an answer asked for, and their results, are the session's ToolCall rows of the same round.
+    """
 
     class Role(models.TextChoices):
         USER = "user"
         ASSISTANT = "assistant"
-        TOOL = "tool"
 
     session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="messages")
     turn = models.ForeignKey(Turn, on_delete=models.PROTECT, related_name="messages")
@@ -29,6 +31,7 @@ class Message(models.Model):
     role = models.CharField(max_length=16, choices=Role.choices)
     content = models.TextField()
     agent = models.CharField(max_length=32, blank=True, help_text="Who said it, for an assistant's message.")
+    round = models.PositiveIntegerField(default=0, help_text="Which round of tool calls it asked for; 0: none.")
     created_at = models.DateTimeField(db_default=Now())
 
     objects = MessageQuerySet.as_manager()
@@ -38,7 +41,3 @@ class Message(models.Model):
 
     def __str__(self) -> str:
         return f"{self.role} in {self.session_id}"
-
-    def as_chat(self) -> dict[str, Any]:
-        """Form H of protocol 2.8, which is also what a model reads."""
-        return {"role": self.role, "content": self.content}

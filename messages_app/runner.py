@@ -89,7 +89,7 @@ class EmbeddedRunner:
             try:
                 outcome = await run_turn(stream, get_model())
                 settled = True
-                logger.info("turn_ended", extra={**ids, "outcome": outcome})
+                logger.info("turn_left", extra={**ids, "outcome": outcome})
             except LostClaim:
                 logger.warning("turn_lost", extra=ids)
             except Stopping:

@@ -8,21 +8,33 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents_app import handoffs
-from agents_app.llm import ModelError
-from agents_app.models import Agent
+from agents_app import approvals, handoffs, tools
+from agents_app.approvals import Verdict
+from agents_app.binding import args_hash, canonical
+from agents_app.llm import CallWanted, FinishedStep, ModelError
+from agents_app.models import Agent, Tool
+from agents_app.policy import Outcome, Ruling
 from agents_app.routing import Route
-from events_app.chunks import AssistantText, ErrorShown
+from agents_app.tools import ON_THE_SERVER, CallRefused, Toolbox
+from events_app.chunks import AssistantText, ErrorShown, ToolCalled
 from events_app.models import ModelCall
 from messages_app import transcript
 from messages_app.models import Message
 from messages_app.turn_stream import Step
-from sessions_app.models import Claim, Session, Turn
+from sessions_app.models import Claim, Session, ToolCall, Turn
+
+# So many calls of one session may wait for a person at once; a flood would have people sign without reading.
+PENDING_PER_SESSION = 20
 
 
 class TooManyHandoffs(ModelError):
     def __init__(self) -> None:
         super().__init__("too_many_handoffs", "The agents passed the message on too many times.")
+
+
+class TooManyRounds(ModelError):
+    def __init__(self) -> None:
+        super().__init__("too_many_rounds", "The agent asked for tools again and again without coming to an end.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,7 @@ class Scene:
     temperature: float | None
     messages: list[dict[str, Any]]
     user_text: str
+    tools: list[dict[str, Any]]
 
 
 @dataclass(slots=True)
@@ -62,11 +75,14 @@ def obey(step: Step) -> None:
 def look(claim: Claim) -> Scene:
     """Who is to act, and what the model is to read. Reads only.
 
-    Raises LostClaim, CancelRequested, TooManyHandoffs, ModelError when the conversation does not fit the model.
+    Raises LostClaim, CancelRequested, TooManyHandoffs, TooManyRounds, ModelError when the conversation does not fit
+    the model.
     """
     turn = Turn.ensure_running(claim)
     if turn.handoff_count > settings.TURN_MAX_HANDOFFS:
         raise TooManyHandoffs
+    if turn.round_count >= settings.TURN_MAX_ROUNDS:
+        raise TooManyRounds
     agent = Agent.objects.get(pk=turn.session.current_agent)
     return Scene(
         agent.name,
@@ -75,6 +91,7 @@ def look(claim: Claim) -> Scene:
         transcript.of(turn, prompt=agent.prompt, context_tokens=settings.LLM_CONTEXT_TOKENS),
         # What opened this turn: the transcript joins it with messages before it that got no answer.
         turn.messages.get(role=Message.Role.USER).content,
+        tools.offered_to(agent),
     )
 
 
@@ -90,6 +107,27 @@ def complete(step: Step, text: str, agent: str, spent: Spent | None) -> None:
     _book(step, spent)
     _store_answer(step, text, agent)
     step.end(Turn.Status.COMPLETED)
+
+
+def act(step: Step, finished: FinishedStep, scene: Scene, spent: Spent | None, ran_ms: int) -> None:
+    """The answer asks for tools: each call is stored, and released, held, executed or refused on its own.
+
+    With a call open the turn waits; with none, the model is asked again.
+    """
+    _book(step, spent)
+    step.change(round_count=step.turn.round_count + 1, ran_ms=ran_ms)
+    _store_answer(step, finished.text, scene.agent, round=step.turn.round_count)
+    toolbox = Toolbox.of(Agent.objects.get(pk=scene.agent))
+    # The user has gone on already: the turn may not begin to wait (design 3, items 1 and 8).
+    is_late = step.session.turns.filter(status=Turn.Status.QUEUED).exists()
+    calls: list[ToolCall] = []
+    for position, wanted in enumerate(finished.tool_calls):
+        waiting = sum(call.status == ToolCall.Status.WAITING for call in calls)
+        calls.append(_judged(step, toolbox, wanted, position, is_late=is_late, waiting=waiting))
+    if any(call.outcome == ToolCall.Outcome.SUPERSEDED for call in calls):
+        step.end(Turn.Status.CANCELLED, Verdict.SUPERSEDED)
+    elif any(call.is_open for call in calls):
+        step.wait()
 
 
 def fail(step: Step, code: str, message: str, agent: str, spent: Spent | None) -> None:
@@ -109,7 +147,6 @@ def cancel(step: Step, said: str, agent: str, spent: Spent | None) -> None:
 
 
 def _hand_over(step: Step, to: Route, *, by: str) -> None:
-    step.change(handoff_count=step.turn.handoff_count + 1)
     step.say(
         handoffs.hand_over(
             step.session, to.agent, reason=to.reason, confidence=to.confidence, by=by, turn_id=step.turn.pk
@@ -117,7 +154,7 @@ def _hand_over(step: Step, to: Route, *, by: str) -> None:
     )
 
 
-def _store_answer(step: Step, text: str, agent: str) -> None:
+def _store_answer(step: Step, text: str, agent: str, *, round: int = 0) -> None:
     Message.objects.create(
         session=step.session,
         turn=step.turn,
@@ -125,10 +162,88 @@ def _store_answer(step: Step, text: str, agent: str) -> None:
         role=Message.Role.ASSISTANT,
         content=text,
         agent=agent,
+        round=round,
     )
     Session.objects.filter(pk=step.session.pk).update(message_count=F("message_count") + 1, last_activity=Now())
     step.record("session.message.added", role="assistant", agent=agent)
-    step.say(AssistantText(text))
+    if text.strip():
+        step.say(AssistantText(text, is_final=not round))
+
+
+def _judged(
+    step: Step, toolbox: Toolbox, wanted: CallWanted, position: int, *, is_late: bool, waiting: int
+) -> ToolCall:
+    """One call of an answer, stored in the state that it gets at once, with what is to be said of it."""
+    call = ToolCall(
+        session=step.session,
+        turn=step.turn,
+        round=step.turn.round_count,
+        position=position,
+        agent=toolbox.agent.name,
+        tool_name=wanted.name,
+        provider_id=wanted.provider_id,
+        arguments_text="{}",
+    )
+    named = {"tool_name": call.tool_name, "call_id": call.pk}
+    step.record("tool.execution.requested", agent=call.agent, **named)
+    try:
+        tool = toolbox.tool_named(wanted.name)
+        try:
+            arguments = tools.read_arguments(wanted)
+        except CallRefused:
+            call.unusable_arguments = wanted.arguments
+            raise
+        call.arguments_text, call.tool_version = canonical(arguments), tool.version
+        call.args_hash = args_hash(step.session.pk, call.pk, tool.name, tool.version, call.arguments_text)
+        ruling = toolbox.judge(tool, arguments)
+        if ruling.outcome == Outcome.ASK and waiting >= PENDING_PER_SESSION:
+            raise CallRefused(
+                "too_many_approvals", "Too many calls wait for a person already. Ask for fewer at a time."
+            )
+    except CallRefused as refused:
+        if refused.is_shown:
+            step.say(ErrorShown(refused.message, refused.code, {"call_id": call.pk}))
+        _close(step, call, f"Error: {refused.message}", ToolCall.Outcome.REFUSED)
+        step.record("tool.execution.failed", error_message=refused.message, error_type=refused.code, **named)
+    else:
+        _let_go(step, call, tool, arguments, ruling, is_late=is_late)
+    return call
+
+
+def _let_go(
+    step: Step, call: ToolCall, tool: Tool, arguments: dict[str, Any], ruling: Ruling, *, is_late: bool
+) -> None:
+    """A call that may be made: by the server at once, by the client, or by either once a person has said so."""
+    named = {"tool_name": call.tool_name, "call_id": call.pk}
+    waits = ruling.outcome == Outcome.ASK
+    on_the_server = tool.name in ON_THE_SERVER and not waits
+    if is_late and not on_the_server:
+        _close(step, call, *approvals.closing(call.tool_name, Verdict.SUPERSEDED))
+        return
+    if waits:
+        call.requires_approval, call.status = True, ToolCall.Status.WAITING
+        call.save(force_insert=True)
+        approvals.request(call, ruling)
+        step.record("tool.approval.required", reason=ruling.reason or None, arguments=arguments, **named)
+    else:
+        step.record("tool.execution.started", **named)
+        if on_the_server:
+            text, outcome, chunks = handoffs.switch_mode(step.session, step.turn, arguments, by=call.agent)
+            for chunk in chunks:
+                step.say(chunk)
+            _close(step, call, text, outcome)
+            step.facts.append(approvals.executed(step.session, call))
+            return
+        call.status, call.released_at = ToolCall.Status.RELEASED, Now()
+        call.save(force_insert=True)
+    step.say(ToolCalled(call.pk, call.tool_name, arguments, call.requires_approval))
+
+
+def _close(step: Step, call: ToolCall, answer: str, outcome: ToolCall.Outcome) -> None:
+    """Store a call together with its answer."""
+    call.status, call.outcome, call.answer, call.answered_at = ToolCall.Status.ANSWERED, outcome, answer, Now()
+    call.save(force_insert=True)
+    Session.objects.filter(pk=step.session.pk).update(message_count=F("message_count") + 1)
 
 
 def _book(step: Step, spent: Spent | None) -> None:

@@ -56,6 +56,10 @@ class Step:
         self.change(code=code)
         self.say(TurnFinished(str(self.turn.pk), status, code or None, self.turn.usage))
 
+    def wait(self) -> None:
+        """The turn waits for its open calls: the answer that its followers read ends here, the turn does not."""
+        self.ending = Turn.Status.WAITING
+
 
 class Stopping(Exception):
     """The server stops: the turn is left for another runner."""
@@ -115,9 +119,11 @@ class TurnStream:
 
     # --- commits of steps ---
 
-    async def commit(self, write: Callable[[Step], None]) -> None:
+    async def commit(self, write: Callable[[Step], None]) -> Turn.Status | None:
         """Run `write` in one transaction with everything of this turn that is not logged yet and the chunks it says;
-        publish those after the commit. Raises LostClaim, CancelRequested or what `write` raises, with nothing written.
+        publish those after the commit. Returns what became of the turn, None when it runs on.
+
+        Raises LostClaim, CancelRequested or what `write` raises, with nothing written.
         """
         async with self.lock:
             self._held = []
@@ -131,14 +137,15 @@ class TurnStream:
                         await asyncio.wait([writing])
                 if writing.exception() is None:
                     self._unlogged.clear()
-                    feed.publish(self.session_id, writing.result())
+                    feed.publish(self.session_id, writing.result()[0])
                 held, self._held = "".join(self._held), None
                 # Without numbers the commit has failed, and this claim will say nothing more.
                 if held and (self._next < self._end or self._spare):
                     self._show(held)
+            return writing.result()[1]
 
-    def write(self, write: Callable[[Step], None]) -> list[Frame]:
-        """The transaction of `commit`, on a database thread; the frames it numbered."""
+    def write(self, write: Callable[[Step], None]) -> tuple[list[Frame], Turn.Status | None]:
+        """The transaction of `commit`, on a database thread; the frames it numbered, and what became of the turn."""
         reserved: list[tuple[int, int]] = []
         try:
             with transaction.atomic():
@@ -152,7 +159,9 @@ class TurnStream:
                 self._next = self._end
             raise
 
-    def _write_step(self, write: Callable[[Step], None], reserved: list[tuple[int, int]]) -> list[Frame]:
+    def _write_step(
+        self, write: Callable[[Step], None], reserved: list[tuple[int, int]]
+    ) -> tuple[list[Frame], Turn.Status | None]:
         turn = Turn.mine(self.claim).select_related("session").select_for_update(of=("self", "session")).first()
         if turn is None:
             raise LostClaim(f"turn {self.origin} is no longer {self.claim.owner}'s")
@@ -184,7 +193,10 @@ class TurnStream:
         if own:
             step.changes["settled_seq"] = own[-1].seq
         if step.ending is not None:
-            Turn.finish(self.claim, step.ending, **step.changes)
+            if step.ending == Turn.Status.WAITING:
+                Turn.wait(self.claim, **step.changes)
+            else:
+                Turn.finish(self.claim, step.ending, **step.changes)
             # Nobody saw the rest of the block: given back, a position in it is known for one that never was.
             _, end = self._spare or (self._next, self._end)
             step.session.give_back_numbers(own[-1].seq + 1, end)
@@ -192,7 +204,7 @@ class TurnStream:
             Turn.progress(self.claim, **step.changes)
         if self.wants_numbers and step.ending is None:
             reserve()
-        return [*waiting, *own]
+        return [*waiting, *own], step.ending
 
     # --- the group commit's part ---
 

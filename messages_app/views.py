@@ -1,21 +1,25 @@
-"""The stream endpoint: parse, one call, one response."""
+"""The stream endpoint: parse, one call, one response. And sessions as conversations."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
+from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from events_app.chunks import ErrorShown
-from events_app.frames import DONE, unnumbered_wire
 from events_app.stream import Place, wire_of
-from messages_app import inbound
-from messages_app.history import history
-from messages_app.orchestration import Frames, MessageOrchestrationService, Refused
-from orchestrator_site.http import allow, caller_in
+from messages_app import ending, inbound
+from messages_app.history import history, messages_of
+from messages_app.orchestration import Frames, MessageOrchestrationService
+from orchestrator_site.errors import Invalid
+from orchestrator_site.http import allow, boolean, caller_in, json_body
+from sessions_app import lifecycle
+from sessions_app.models import Session
+from sessions_app.views import StrictText, body_or_nothing, detailed, validated
 
 
 @allow("POST")
@@ -24,27 +28,51 @@ async def message_stream(request: HttpRequest) -> HttpResponseBase:
     with Place() as place:
         message, tokens = inbound.parse(request.body, request.headers.get("Content-Type", ""))
         frames = MessageOrchestrationService(request.caller).receive(message)  # type: ignore[attr-defined]
-        try:
-            await anext(frames)
-        except Refused as refused:
-            return place.response(_refusal(refused.chunk))
-        return place.response(_answer(frames, tokens))
+        await anext(frames)
+        return place.response(_wire(frames, tokens))
 
 
-async def _answer(frames: Frames, tokens: bool) -> AsyncGenerator[bytes, None]:
-    is_complete = False
+async def _wire(frames: Frames, tokens: bool) -> AsyncGenerator[bytes, None]:
     async with aclosing(frames):
         async for ready in frames:
             if wire := wire_of(ready, tokens=tokens):
                 yield wire
-            is_complete = is_complete or (bool(ready) and ready[-1].closes)
-    # A server that stops ends the stream, not the answer: whoever was cut resumes it.
-    if is_complete:
-        yield DONE
 
 
-async def _refusal(chunk: ErrorShown) -> AsyncGenerator[bytes, None]:
-    yield unnumbered_wire(chunk) + DONE
+class NewTitle(serializers.Serializer[Any]):
+    title = StrictText(max_length=500)
+
+    def validate_title(self, title: str) -> str:
+        if not title.strip():
+            raise serializers.ValidationError("Has to say something.", code="blank")
+        return title.strip()
+
+
+class SessionView(APIView):
+    """GET, PATCH and DELETE /sessions/{session_id}"""
+
+    def get(self, request: Request, session_id: str) -> Response:
+        wants_messages = boolean(request.GET, "include_messages", False)
+        session = Session.objects.one_visible_to(caller_in(request), session_id)
+        return Response(detailed(session, messages_of(session) if wants_messages else None))
+
+    def patch(self, request: Request, session_id: str) -> Response:
+        title = validated(NewTitle, json_body(request))["title"]
+        return Response(detailed(lifecycle.rename(caller_in(request), session_id, title), None))
+
+    def delete(self, request: Request, session_id: str) -> Response:
+        ending.delete(caller_in(request), session_id)
+        return Response(status=204)
+
+
+class CancelView(APIView):
+    """POST /sessions/{session_id}/cancel"""
+
+    def post(self, request: Request, session_id: str) -> Response:
+        if not isinstance(body_or_nothing(request), dict):
+            raise Invalid("Has to be an object.", "body", kind="dict_type")
+        turn_id = ending.cancel(caller_in(request), session_id)
+        return Response({"session_id": session_id, "cancelled_turn": str(turn_id) if turn_id else None})
 
 
 class HistoryView(APIView):

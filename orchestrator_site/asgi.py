@@ -1,10 +1,11 @@
-"""What the server imports: Django behind the guard, and the embedded runner on the same event loop."""
+"""What the server imports: Django and the sockets behind the guard, and the embedded runner on the same event loop."""
 
 import gc
 import os
 from collections.abc import MutableMapping
 from typing import Any
 
+from channels.routing import ProtocolTypeRouter
 from django.core.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orchestrator_site.settings")
@@ -13,6 +14,7 @@ django_application = get_asgi_application()
 from events_app.database import close_threads  # noqa: E402 (needs the apps)
 from messages_app.runner import EmbeddedRunner  # noqa: E402
 from orchestrator_site.guard import App, Guard, Receive, Send  # noqa: E402
+from orchestrator_site.sockets import sockets  # noqa: E402
 
 
 class Application:
@@ -49,4 +51,4 @@ class Application:
             gc.freeze()
 
 
-application = Application(Guard(django_application))
+application = Application(Guard(ProtocolTypeRouter({"http": django_application, "websocket": sockets})))

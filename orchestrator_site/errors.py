@@ -11,7 +11,8 @@ from rest_framework.response import Response
 class APIError(Exception):
     """A refusal with a status, a stable `code` for programs and a text for people.
 
-    `detail` is a text, or the list that protocol 1.4 has for a body or query that does not fit its schema.
+    `detail` is a text, or the list that protocol 1.4 has for a body or query that does not fit its schema. `more` are
+    further keys of the body.
     """
 
     status: int = status.HTTP_400_BAD_REQUEST
@@ -21,6 +22,7 @@ class APIError(Exception):
         super().__init__(detail)
         self.detail = detail
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.more: dict[str, Any] = {}
 
 
 class BadRequest(APIError):
@@ -30,6 +32,11 @@ class BadRequest(APIError):
 class Unauthorized(APIError):
     status = status.HTTP_401_UNAUTHORIZED
     code = "unauthorized"
+
+
+class Forbidden(APIError):
+    status = status.HTTP_403_FORBIDDEN
+    code = "forbidden"
 
 
 class NotFound(APIError):
@@ -78,7 +85,7 @@ class Unavailable(APIError):
 
 
 def body_of(error: APIError, request_id: str) -> dict[str, Any]:
-    return {"detail": error.detail, "code": error.code, "request_id": request_id}
+    return {"detail": error.detail, "code": error.code, "request_id": request_id, **error.more}
 
 
 def to_response(exception: Exception, context: dict[str, Any]) -> HttpResponse | Response | None:

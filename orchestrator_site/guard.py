@@ -1,4 +1,4 @@
-"""The plain ASGI guard around everything: what an HTTP request may weigh, how long it may take, how slow its reader."""
+"""The plain ASGI guard around everything: what a request may weigh, how long it may take, how slow its reader."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ class Guard:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await _refuse_socket(scope, receive, send)
+            await self._open(scope, receive, send)
             return
         try:
             _check_head(scope)
@@ -59,6 +59,15 @@ class Guard:
             await _refuse(send, error)
         else:
             await self._serve(scope, _replay(body, receive), send)
+
+    async def _open(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """A socket, whose application raises APIError as long as it has not accepted."""
+        try:
+            _check_head(scope)
+            await self.app(scope, receive, send)
+        except APIError as error:
+            await receive()
+            await _refuse_socket(scope, send, error)
 
     async def _serve(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Cut a reader that takes nothing for STREAM_STALL_SECONDS; it resumes where it was."""
@@ -84,7 +93,7 @@ def _check_head(scope: MutableMapping[str, Any]) -> None:
     if size > settings.MAX_HEADER_BYTES:
         raise HeadersTooLarge(f"Headers may have {settings.MAX_HEADER_BYTES} bytes.")
     # Django would take its own address for a missing one.
-    if hosts > 1 or (hosts == 0 and scope["http_version"] != "1.0"):
+    if hosts > 1 or (hosts == 0 and scope.get("http_version") != "1.0"):
         raise BadRequest("A request has one Host header.")
     if encoding not in (b"", b"identity"):
         raise UnsupportedMedia("Compressed bodies are not read.")
@@ -155,11 +164,9 @@ class _StallWatch:
             self._timer = self._loop.call_later(self._seconds - waited, self._look)
 
 
-async def _refuse_socket(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-    """No path takes a WebSocket; asked for one, Django would fail."""
-    await receive()
+async def _refuse_socket(scope: MutableMapping[str, Any], send: Send, error: APIError) -> None:
     if "websocket.http.response" in scope.get("extensions", {}):
-        await _refuse(send, BadRequest("This path takes no WebSocket."), "websocket.http.response")
+        await _refuse(send, error, "websocket.http.response")
     else:  # daphne: a bare 403
         await send({"type": "websocket.close"})
 
@@ -173,6 +180,7 @@ async def _refuse(send: Send, error: APIError, answer: str = "http.response") ->
         (b"x-request-id", request_id.encode()),
         # What was not read of the request must not be taken for another one.
         (b"connection", b"close"),
+        *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
     ]
     await send({"type": f"{answer}.start", "status": error.status, "headers": headers})
     await send({"type": f"{answer}.body", "body": body})

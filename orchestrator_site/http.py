@@ -22,6 +22,7 @@ from orchestrator_site.errors import APIError, BadRequest, Invalid, MethodNotAll
 
 SESSION_ID = "[A-Za-z0-9._-]{1,128}"
 SESSION_PATH = "<session_id:session_id>"
+CALL_PATH = "<call_id:call_id>"
 MAX_DEPTH = 64
 MAX_KEYS = 10_000
 # Two plain patterns that cannot fail half-way: one for whole strings tries every quote of an open one, in squared time.
@@ -38,7 +39,12 @@ class SessionIdConverter(StringConverter):
     regex = SESSION_ID
 
 
+class CallIdConverter(StringConverter):
+    regex = "call_[A-Za-z0-9]{22}"
+
+
 register_converter(SessionIdConverter, "session_id")
+register_converter(CallIdConverter, "call_id")
 
 
 class InvalidJSON(BadRequest):

@@ -57,7 +57,11 @@ class RequestMiddleware:
         try:
             _check_host(request)
             if path not in OPEN_PATHS:
-                request.caller = caller_of(request)  # type: ignore[attr-defined]
+                request.caller = caller_of(  # type: ignore[attr-defined]
+                    request.headers,
+                    request_id=request.request_id,  # type: ignore[attr-defined]
+                    address=request.META.get("REMOTE_ADDR") or "",
+                )
         except APIError as error:
             return answer(request, error)
         return await self.get_response(request)

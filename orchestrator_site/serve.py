@@ -65,6 +65,11 @@ def serve() -> None:
         port=settings.PORT,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
         http="orchestrator_site.protocol:BoundedHeadProtocol",
+        ws="orchestrator_site.socket_protocol:BoundedSocketProtocol",
+        # Up to the first bound a message that is too large is refused, beyond this one the connection is closed.
+        ws_max_size=2 * settings.MAX_BODY_BYTES,
+        # What is not inflated cannot burst.
+        ws_per_message_deflate=False,
         lifespan="on",
         log_config=None,
         access_log=False,

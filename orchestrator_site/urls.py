@@ -10,26 +10,22 @@ import messages_app.urls
 import sessions_app.urls
 from events_app.database import on_database_thread
 from events_app.views import SessionMetricsView
-from messages_app.history import messages_of
 from orchestrator_site.http import SESSION_PATH
 from orchestrator_site.views import HealthView
 from sessions_app.callers import Caller
 from sessions_app.models import Session
-from sessions_app.views import SessionView
 
 
 def is_visible(caller: Caller, session_id: str) -> bool:
     return Session.objects.visible_to(caller).filter(pk=session_id).exists()
 
 
-# The views of lower apps that need something of higher ones are given it here.
-session_view = SessionView.as_view(messages_of=staticmethod(messages_of))
+# A view of a lower app that needs something of a higher one is given it here.
 session_metrics_view = SessionMetricsView.as_view(is_visible=staticmethod(is_visible))
 
 contract: list[URLPattern | URLResolver] = [
     path("health", HealthView.as_view()),
     path("", include(sessions_app.urls)),
-    path(f"sessions/{SESSION_PATH}", on_database_thread(session_view)),
     path(f"events/metrics/session/{SESSION_PATH}", on_database_thread(session_metrics_view)),
     path("", include(agents_app.urls)),
     path("", include(messages_app.urls)),

@@ -1,4 +1,4 @@
-"""What happens to a session beside its turns: made, renamed, deleted, its open turn cancelled.
+"""What happens to a session beside its turns: made, found, renamed, spoken to.
 
 Whoever changes a session or gives numbers of its stream takes the lock of its row first; so all of it has one order.
 """
@@ -8,17 +8,16 @@ import uuid
 from typing import Any
 
 from django.db import IntegrityError, transaction
-from django.db.models.functions import Now
 
 from events_app import log
-from events_app.chunks import Chunk, TurnFinished, encode
+from events_app.chunks import Chunk, encode
 from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.models import Event
 from orchestrator_site.errors import Invalid
 from orchestrator_site.http import SESSION_ID
 from sessions_app.callers import Caller
-from sessions_app.models import Session, SessionIdTaken, Turn, TurnMoved, UnknownSession, new_id
+from sessions_app.models import Session, SessionIdTaken, UnknownSession, new_id
 
 
 def valid_session_id(session_id: str) -> str:
@@ -73,18 +72,25 @@ def position(session: Session) -> int:
     return live.settled_seq if live is not None else session.next_seq - 1
 
 
-def emit(session: Session, chunk: Chunk, *, origin: str) -> None:
-    """Say something on a session's stream that closes its answer, in the transaction that holds the session's lock.
+def emit(session: Session, *chunks: Chunk, origin: str, closes: bool = True) -> None:
+    """Say something on a session's stream in the transaction that holds the session's lock; the last chunk perhaps
+    `closes` the answer that it belongs to.
 
-    A live runner owns the numbers: the frame is left to it. With none, the number comes from the session's row.
+    A live runner owns the numbers: the frames are left to it. With none, the numbers come from the session's row.
     """
-    body = encode(chunk)
+    bodies = [encode(chunk) for chunk in chunks]
+    last = len(bodies) - 1
     if session.live_turn() is not None:
-        log.leave_unnumbered(session.pk, origin, body)
+        for index, body in enumerate(bodies):
+            log.leave_unnumbered(session.pk, origin, body, closes=closes and index == last)
     else:
         # What was left to a runner that died was said earlier.
         log.number_waiting(session.pk, lambda: session.reserve_numbers(1))
-        log.append(session.pk, [Frame.of(session.reserve_numbers(1), origin, body, closes=True)])
+        first = session.reserve_numbers(len(bodies))
+        frames = [
+            Frame.of(first + index, origin, body, closes=closes and index == last) for index, body in enumerate(bodies)
+        ]
+        log.append(session.pk, frames)
     transaction.on_commit(lambda: feed.poke(session.pk))
 
 
@@ -95,41 +101,3 @@ def rename(caller: Caller, session_id: str, title: str) -> Session:
     session.title = title
     log.record(fact(session, "session.updated", title=title, updated_by=caller.name))
     return session
-
-
-@transaction.atomic
-def delete(caller: Caller, session_id: str) -> None:
-    """Take the session out of everybody's sight; its turns are cancelled, its id stays taken, its facts stay."""
-    session = locked_for(caller, session_id)
-    for turn in session.turns.unfinished().order_by("position"):
-        _cancel(session, turn)
-    Session.objects.filter(pk=session.pk).update(deleted_at=Now(), is_active=False)
-    log.record(fact(session, "session.deleted", deleted_by=caller.name))
-    transaction.on_commit(lambda: feed.close(session.pk))
-
-
-@transaction.atomic
-def cancel(caller: Caller, session_id: str) -> uuid.UUID | None:
-    """Cancel the session's open turn and return its id, None when there is none. Messages queued behind it go on.
-
-    A turn that is running ends a moment later by its runner's hand; after this it can end in no other way. Raises
-    TurnMoved when it was neither held nor free, which the session's lock should not allow.
-    """
-    session = locked_for(caller, session_id)
-    turn = session.turns.unfinished().order_by("position").first()
-    if turn is None:
-        return None
-    _cancel(session, turn)
-    log.record(fact(session, "session.updated", turn_id=turn.pk, cancelled_by=caller.name))
-    return turn.pk
-
-
-def _cancel(session: Session, turn: Turn) -> None:
-    if turn.request_cancel():
-        transaction.on_commit(lambda: feed.poke(session.pk))
-        return
-    if not turn.cancel_unheld("cancelled"):
-        raise TurnMoved("The turn moved on while it was being cancelled.")
-    chunk = TurnFinished(str(turn.pk), Turn.Status.CANCELLED, "cancelled", turn.usage)
-    emit(session, chunk, origin=str(turn.pk))
-    transaction.on_commit(feed.wake_runner)

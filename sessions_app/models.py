@@ -1,5 +1,8 @@
-"""Whose it is, where it happens, and in what state: accounts, sessions, turns, handoffs."""
+"""Whose it is, where it happens, and in what state: accounts, sessions, turns, tool calls, handoffs."""
 
+import json
+import secrets
+import string
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +32,10 @@ class TurnMoved(Conflict):
     code = "turn_moved"
 
 
+class CallMoved(Conflict):
+    code = "call_moved"
+
+
 class LostClaim(Exception):
     """The turn is no longer this runner's: another one took it over, or it has ended."""
 
@@ -37,8 +44,16 @@ class CancelRequested(Exception):
     """Somebody cancelled the turn while this runner worked on it."""
 
 
+_LETTERS = string.ascii_letters + string.digits
+
+
 def new_id() -> str:
     return str(uuid.uuid4())
+
+
+def new_call_id() -> str:
+    """An id of our own: providers repeat theirs or leave them out (protocol 2)."""
+    return "call_" + "".join(secrets.choice(_LETTERS) for _ in range(22))
 
 
 class Account(models.Model):
@@ -138,6 +153,7 @@ class Claim:
     block_end: int
     settled_seq: int
     requested_agent: str
+    ran_ms: int
 
 
 class TurnQuerySet(QuerySet["Turn"]):
@@ -181,6 +197,8 @@ class Turn(models.Model):
     lease_until = models.DateTimeField(null=True)
     settled_seq = models.BigIntegerField(default=0, help_text="Text after this number is void if the runner dies.")
     handoff_count = models.PositiveIntegerField(default=0)
+    round_count = models.PositiveIntegerField(default=0, help_text="How many model answers have asked for tools.")
+    ran_ms = models.PositiveIntegerField(default=0, help_text="How long it ran before it last began to wait.")
     cancel_requested_at = models.DateTimeField(null=True)
     prompt_tokens = models.PositiveIntegerField(default=0)
     completion_tokens = models.PositiveIntegerField(default=0)
@@ -266,6 +284,22 @@ class Turn(models.Model):
         elif not Turn.mine(claim).update(**ending):
             raise LostClaim(f"turn {claim.turn_id} is no longer {claim.owner}'s")
 
+    @staticmethod
+    def wait(claim: Claim, **changes: Any) -> None:
+        """Leave a running turn to the answers of its open calls. Raises LostClaim or CancelRequested."""
+        Turn.progress(claim, status=Turn.Status.WAITING, owner="", lease_until=None, **changes)
+
+    def go_on(self) -> bool:
+        """Queue a waiting turn again if none of its calls is open; the caller holds the session's lock.
+
+        Raises TurnMoved when it does not wait, which that lock should not allow.
+        """
+        if self.calls.open().exists():
+            return False
+        if not Turn.objects.filter(pk=self.pk, status=Turn.Status.WAITING).update(status=Turn.Status.QUEUED):
+            raise TurnMoved(f"{self} does not wait")
+        return True
+
     def request_cancel(self) -> bool:
         """Tell the live runner to stop; False when there is none (any more)."""
         return bool(
@@ -274,14 +308,14 @@ class Turn(models.Model):
             )
         )
 
-    def cancel_unheld(self, code: str) -> bool:
-        """Cancel a turn that no runner holds: queued, waiting, or left behind by a runner that died."""
+    def end_unheld(self, status: Status, code: str) -> bool:
+        """End a turn that no runner holds: queued, waiting, or left behind by a runner that died."""
         unheld = Q(status__in=[Turn.Status.QUEUED, Turn.Status.WAITING]) | Q(
             status=Turn.Status.RUNNING, lease_until__lte=Now()
         )
         return bool(
             Turn.objects.filter(unheld, pk=self.pk).update(
-                status=Turn.Status.CANCELLED, code=code, finished_at=Now(), lease_until=None
+                status=status, code=code, finished_at=Now(), lease_until=None
             )
         )
 
@@ -293,6 +327,115 @@ class Turn(models.Model):
                 status=Turn.Status.FAILED, code=code, finished_at=Now(), lease_until=None
             )
         )
+
+
+class ToolCallQuerySet(QuerySet["ToolCall"]):
+    def open(self) -> Self:
+        """Those without their one answer."""
+        return self.exclude(status=ToolCall.Status.ANSWERED)
+
+    def in_order(self) -> Self:
+        return self.order_by("turn__position", "round", "position")
+
+
+class ToolCall(models.Model):
+    """Something the model asks to have done. Open until it has its one answer, which the model reads as its result.
+
+    Its arguments never change: what a person saw is what may run. An edit is part of the decision; what may run by it
+    stands in `released_arguments`. Both are canonical JSON.
+    """
+
+    class Status(models.TextChoices):
+        WAITING = "waiting", "waits for a person"
+        RELEASED = "released"
+        ANSWERED = "answered"
+
+    class Outcome(models.TextChoices):
+        OK = "ok"
+        ERROR = "error"
+        REFUSED = "refused"
+        REJECTED = "rejected"
+        SUPERSEDED = "superseded"
+        CANCELLED = "cancelled"
+
+    call_id = models.CharField(primary_key=True, max_length=27, default=new_call_id)
+    session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="calls")
+    turn = models.ForeignKey(Turn, on_delete=models.PROTECT, related_name="calls")
+    round = models.PositiveIntegerField(help_text="Which of its turn's answers asked for it; from 1.")
+    position = models.PositiveSmallIntegerField(help_text="Its place among the calls of that answer.")
+    agent = models.CharField(max_length=32)
+    tool_name = models.CharField(max_length=200)
+    tool_version = models.PositiveIntegerField(default=0)
+    provider_id = models.CharField(max_length=200, blank=True, help_text="What the model's provider calls it.")
+    arguments_text = models.TextField(help_text="Canonical JSON.")
+    unusable_arguments = models.TextField(blank=True, help_text="What the model wrote, where it was no JSON object.")
+    released_text = models.TextField(blank=True, help_text="The edited arguments, as canonical JSON.")
+    args_hash = models.CharField(max_length=64, blank=True, help_text="Of the arguments that wait or may run.")
+    requires_approval = models.BooleanField(default=False)
+    status = models.CharField(max_length=16, choices=Status.choices)
+    outcome = models.CharField(max_length=16, choices=Outcome.choices, blank=True)
+    answer = models.TextField(blank=True, help_text="What the model reads as its result.")
+    created_at = models.DateTimeField(db_default=Now())
+    released_at = models.DateTimeField(null=True)
+    answered_at = models.DateTimeField(null=True)
+
+    objects = ToolCallQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["created_at", "round", "position"]
+        constraints = [models.UniqueConstraint(fields=["turn", "round", "position"], name="one_call_per_position")]
+        indexes = [
+            models.Index(fields=["session"], condition=~Q(status="answered"), name="call_open"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.tool_name} {self.call_id}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As the model asked for them."""
+        return dict(json.loads(self.arguments_text))
+
+    @property
+    def final_arguments(self) -> dict[str, Any]:
+        """What may run: the edited arguments, else those that the model asked for."""
+        return dict(json.loads(self.released_text or self.arguments_text))
+
+    @property
+    def is_open(self) -> bool:
+        return self.status != ToolCall.Status.ANSWERED
+
+    def release(self, *, args_hash: str, edited_text: str = "") -> None:
+        """Let the client execute it. Raises CallMoved unless it waited."""
+        self._move(
+            ToolCall.Status.WAITING,
+            status=ToolCall.Status.RELEASED,
+            released_at=Now(),
+            released_text=edited_text,
+            args_hash=args_hash,
+        )
+
+    def answer_with(self, text: str, outcome: Outcome) -> None:
+        """Close it with what the model reads as its result; the caller holds the session's lock.
+
+        Raises CallMoved when it has its answer already.
+        """
+        self._move(
+            ToolCall.Status.WAITING,
+            ToolCall.Status.RELEASED,
+            status=ToolCall.Status.ANSWERED,
+            answer=text,
+            outcome=outcome,
+            answered_at=Now(),
+        )
+        Session.objects.filter(pk=self.session_id).update(message_count=F("message_count") + 1, last_activity=Now())
+
+    def _move(self, *expected: Status, **changes: Any) -> None:
+        if not ToolCall.objects.filter(pk=self.pk, status__in=expected).update(**changes):
+            raise CallMoved(f"{self} is not {' or '.join(expected)} any more")
+        for name, value in changes.items():
+            if not isinstance(value, Now):
+                setattr(self, name, value)
 
 
 class Handoff(models.Model):

@@ -1,7 +1,7 @@
-"""Sessions over REST: create, list, read, rename, delete, cancel; and the stream of a whole session."""
+"""Sessions over REST: create and list; the forms in which they are shown; and the stream of a whole session."""
 
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -18,7 +18,7 @@ from events_app.database import read
 from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.stream import Place, follow, until_old, wire_of
-from orchestrator_site.errors import BadRequest, Invalid
+from orchestrator_site.errors import BadRequest
 from orchestrator_site.http import allow, boolean, caller_in, json_body, whole_number, wire_time
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
@@ -39,15 +39,6 @@ class StrictText(serializers.CharField):
 
 class NewSession(serializers.Serializer[Any]):
     session_id = StrictText(required=False, allow_null=True, max_length=128)
-
-
-class NewTitle(serializers.Serializer[Any]):
-    title = StrictText(max_length=500)
-
-    def validate_title(self, title: str) -> str:
-        if not title.strip():
-            raise serializers.ValidationError("Has to say something.", code="blank")
-        return title.strip()
 
 
 def validated(serializer: type[serializers.Serializer[Any]], data: Any) -> dict[str, Any]:
@@ -98,36 +89,6 @@ class SessionsView(APIView):
                 "offset": offset,
             }
         )
-
-
-class SessionView(APIView):
-    """GET, PATCH and DELETE /sessions/{session_id}. `messages_of` is given by the app that has the messages."""
-
-    messages_of: Callable[[Session], list[dict[str, Any]]] | None = None
-
-    def get(self, request: Request, session_id: str) -> Response:
-        wants_messages = boolean(request.GET, "include_messages", False)
-        session = Session.objects.one_visible_to(caller_in(request), session_id)
-        assert self.messages_of is not None  # noqa: S101 (urls.py passes it)
-        return Response(detailed(session, self.messages_of(session) if wants_messages else None))
-
-    def patch(self, request: Request, session_id: str) -> Response:
-        title = validated(NewTitle, json_body(request))["title"]
-        return Response(detailed(lifecycle.rename(caller_in(request), session_id, title), None))
-
-    def delete(self, request: Request, session_id: str) -> Response:
-        lifecycle.delete(caller_in(request), session_id)
-        return Response(status=204)
-
-
-class CancelView(APIView):
-    """POST /sessions/{session_id}/cancel"""
-
-    def post(self, request: Request, session_id: str) -> Response:
-        if not isinstance(body_or_nothing(request), dict):
-            raise Invalid("Has to be an object.", "body", kind="dict_type")
-        turn_id = lifecycle.cancel(caller_in(request), session_id)
-        return Response({"session_id": session_id, "cancelled_turn": str(turn_id) if turn_id else None})
 
 
 def listed(session: Session) -> dict[str, Any]:

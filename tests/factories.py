@@ -24,7 +24,7 @@ def make_session(session_id: str = "s", *, agent: str = "coder") -> Session:
 def make_turn(session: Session, content: str = "hello") -> Turn:
     """A queued turn, as a user message opens it."""
     accepted = acceptance.user_message(UserMessage(session.pk, content), CALLER)
-    return Turn.objects.get(pk=accepted.turn_id)
+    return Turn.objects.get(pk=accepted.origin)
 
 
 def make_answered_turn(session: Session, content: str, answer: str | None) -> Turn:

@@ -121,9 +121,9 @@ class Silence:
 
 @dataclass(frozen=True, slots=True)
 class Endless:
-    """A text that never ends."""
+    """An answer that never ends: the same delta again and again."""
 
-    piece: str
+    delta: dict[str, Any]
 
 
 Reply = Say | Body | Drop | Silence | Endless
@@ -216,12 +216,22 @@ def silence(seconds: float, *, after: str = "") -> Silence:
 
 def endless(text_piece: str) -> Endless:
     """The same piece of text again and again, until the client has enough."""
-    return Endless(text_piece)
+    return Endless({"content": text_piece})
 
 
-def whole(text: str, *, usage: tuple[int, int] = (10, 5)) -> Body:
-    """One JSON completion, from a server that does not stream."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+def endless_calls(*pieces: dict[str, Any]) -> Endless:
+    """The same pieces of tool calls, written as in a delta, again and again."""
+    return Endless({"tool_calls": pieces})
+
+
+def whole(text: str, *, asks: Say = Say(), usage: tuple[int, int] = (10, 5)) -> Body:
+    """One JSON completion, from a server that does not stream, with the tool calls of `asks`."""
+    tool_calls = [
+        {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.arguments}}
+        for one in asks.calls
+    ]
+    message = {"role": "assistant", "content": text, "tool_calls": tool_calls or None}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if tool_calls else "stop"}
     body = json.dumps({"object": "chat.completion", "choices": [choice], "usage": _usage(usage)}).encode()
     return Body((body,), content_type="application/json")
 
@@ -385,7 +395,7 @@ class ScriptedLLM:
             case Endless():
                 await response.prepare(request)
                 while True:
-                    await response.write(_text_event(reply.piece))
+                    await response.write(_event(reply.delta))
                     await asyncio.sleep(0)
         return response
 

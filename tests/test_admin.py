@@ -23,6 +23,7 @@ from events_app import log
 from events_app.admin import EVENT_TYPES, BrowseOnlyAdmin
 from events_app.display import Shown, as_json, clipped, visible
 from events_app.models import Event, ModelCall
+from messages_app import ending
 from messages_app.models import Message
 from sessions_app import lifecycle
 from sessions_app.models import Account, Handoff, Session, Turn
@@ -287,7 +288,7 @@ def test_strangers_are_sent_to_the_login() -> None:
 
 def test_a_deleted_session_stays_in_sight(operator: Client) -> None:
     session = make_conversation()
-    lifecycle.delete(CALLER, session.pk)
+    ending.delete(CALLER, session.pk)
 
     assert "deleted" in Page(operator.get(list_of(Session)).content.decode()).text
     assert operator.get(detail_of(session)).status_code == 200

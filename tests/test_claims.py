@@ -9,7 +9,7 @@ from events_app import log
 from events_app.chunks import AgentSwitched
 from events_app.frames import Frame
 from events_app.models import StreamBatch
-from messages_app import claims
+from messages_app import claims, ending
 from messages_app.turn_stream import BLOCK, Step, TurnStream
 from sessions_app import lifecycle
 from sessions_app.models import CancelRequested, LostClaim, Session, Turn
@@ -140,7 +140,7 @@ def test_a_cancelled_turn_can_end_in_no_other_way() -> None:
     turn = make_turn(make_session())
     held = claim(turn)
 
-    assert lifecycle.cancel(CALLER, "s") == turn.pk
+    assert ending.cancel(CALLER, "s") == turn.pk
 
     with pytest.raises(CancelRequested):
         Turn.finish(held, Turn.Status.COMPLETED)
@@ -155,7 +155,7 @@ def test_cancelling_a_queued_turn_says_so_on_the_stream() -> None:
     session = make_session()
     turn = make_turn(session)
 
-    lifecycle.cancel(CALLER, "s")
+    ending.cancel(CALLER, "s")
 
     frames, _ = log.page("s", 0)
     assert [frame.origin for frame in frames] == [str(turn.pk)]

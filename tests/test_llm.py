@@ -15,13 +15,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agents_app.keywords import classify
-from agents_app.llm.base import FinishedStep, ModelError, ModelRequest, TextDelta, Usage
+from agents_app.llm.base import CallWanted, FinishedStep, ModelError, ModelRequest, TextDelta, Usage
 from agents_app.llm.breaker import Breaker
 from agents_app.llm.demo import DemoModel
 from agents_app.llm.openai import Answer, ClientSettings, OpenAIModel
 from tests.scripted_llm import (
     PATIENCE,
+    Body,
     Gate,
+    Say,
     ScriptedLLM,
     bad_json,
     call,
@@ -29,6 +31,7 @@ from tests.scripted_llm import (
     drop,
     empty,
     endless,
+    endless_calls,
     history_problem,
     hold,
     html,
@@ -110,6 +113,13 @@ def unused_port() -> int:
         return int(free.getsockname()[1])
 
 
+def tools(*names: str) -> list[dict[str, Any]]:
+    return [
+        {"type": "function", "function": {"name": name, "description": "", "parameters": {"type": "object"}}}
+        for name in names
+    ]
+
+
 def event(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
     return f"data: {json.dumps({'choices': [{'delta': delta, 'finish_reason': finish_reason}]})}\n\n".encode()
 
@@ -147,6 +157,18 @@ async def test_the_request_is_what_providers_expect(llm: ScriptedLLM) -> None:
 
 
 @pytest.mark.asyncio
+async def test_the_tools_on_offer_are_sent(llm: ScriptedLLM) -> None:
+    offered = tools("read_file", "write_file")
+
+    async with client(llm.url) as model:
+        await ask(model, ModelRequest(model="gpt", messages=HELLO.messages, tools=offered))
+        await ask(model, ModelRequest(model="gpt", messages=HELLO.messages, tools=[]))
+
+    assert llm.requests[0]["tools"] == offered
+    assert "tools" not in llm.requests[1]
+
+
+@pytest.mark.asyncio
 async def test_without_a_key_none_is_sent(llm: ScriptedLLM) -> None:
     async with client(llm.url, api_key="") as model:
         await ask(model)
@@ -174,8 +196,8 @@ async def test_tool_calls_are_put_together_from_their_pieces(llm: ScriptedLLM) -
     assert deltas == ["So:"]
     assert finished.finish_reason == "tool_calls"
     assert finished.tool_calls == [
-        {"id": "c-1", "type": "function", "function": {"name": "write_file", "arguments": arguments}},
-        {"id": "c-2", "type": "function", "function": {"name": "read_file", "arguments": "{not json"}},
+        CallWanted("c-1", "write_file", arguments),
+        CallWanted("c-2", "read_file", "{not json"),
     ]
 
 
@@ -216,6 +238,27 @@ def piece(name: str | None, arguments: str, **ids: Any) -> dict[str, Any]:
             [("x", "a", "1"), ("x", "a", "1")],
             id="one id for two calls",
         ),
+        pytest.param(
+            [[piece("a", "1", index=0), piece("a", "1", index=1)]],
+            [("", "a", "1"), ("", "a", "1")],
+            id="no ids",
+        ),
+        pytest.param(
+            [[piece(None, "1", index=0, id="x"), piece("", "2", index=1, id="y")]],
+            [("x", "", "1"), ("y", "", "2")],
+            id="no names",
+        ),
+        pytest.param(
+            [[piece("a", "", index=0, id="x")], [{"index": 1, "id": "y", "function": {"name": "b"}}]],
+            [("x", "a", ""), ("y", "b", "")],
+            id="no arguments",
+        ),
+        pytest.param([[{"index": 0}]], [("", "", "")], id="nothing at all"),
+        pytest.param(
+            [[piece("a", "\ud83d", index=0, id="x")], [piece(None, "\ude00", index=0)]],
+            [("x", "a", "😀")],
+            id="a character cut in two",
+        ),
     ],
 )
 @pytest.mark.asyncio
@@ -227,18 +270,126 @@ async def test_tool_calls_come_out_whole_whatever_a_provider_makes_of_index_and_
     async with client(llm.url) as model:
         _, finished = await ask(model)
 
-    got = [(one["id"], one["function"]["name"], one["function"]["arguments"]) for one in finished.tool_calls]
-    assert got == expected
+    assert finished.tool_calls == [CallWanted(*one) for one in expected]
 
 
 @pytest.mark.asyncio
-async def test_a_call_without_an_id_gets_one(llm: ScriptedLLM) -> None:
-    llm.script(call("echo", id=""))
+async def test_a_server_that_does_not_stream_may_ask_for_tools(llm: ScriptedLLM) -> None:
+    asks = calls(call("a", '{"x": 1}', id="i"), call("b", "", id="i"), call("", "{not json", id=""))
+    llm.script(whole("So:", asks=asks), whole("", asks=asks))
+
+    async with client(llm.url) as model:
+        deltas, finished = await ask(model)
+        no_deltas, without_text = await ask(model)
+
+    assert (deltas, no_deltas) == (["So:"], [])
+    assert finished.finish_reason == "tool_calls"
+    assert finished.tool_calls == without_text.tool_calls
+    assert finished.tool_calls == [
+        CallWanted("i", "a", '{"x": 1}'),
+        CallWanted("i", "b", ""),
+        CallWanted("", "", "{not json"),
+    ]
+
+
+def streamed(reply: Say) -> Say:
+    return reply
+
+
+def not_streamed(reply: Say) -> Body:
+    return whole(reply.text, asks=reply)
+
+
+def in_one_event(reply: Say) -> Body:
+    """Each call in a single piece, all in one delta."""
+    pieces = [piece(one.name, one.arguments, index=index, id=one.id) for index, one in enumerate(reply.calls)]
+    return raw(event({"content": reply.text, "tool_calls": pieces}, "tool_calls"))
+
+
+EVERY_WAY = pytest.mark.parametrize("sent", [streamed, not_streamed, in_one_event])
+KIB = 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        pytest.param("x" * (256 * KIB - 1), 256 * KIB - 1, id="one under"),
+        pytest.param("x" * 256 * KIB, 256 * KIB, id="at the limit"),
+        pytest.param("x" * (256 * KIB + 1), 256 * KIB, id="one over"),
+        pytest.param("x" * 1024 * KIB, 256 * KIB, id="1 MiB"),
+        pytest.param("ü" * 128 * KIB, 128 * KIB, id="at the limit in bytes"),
+        pytest.param("ü" * 128 * KIB + "x", 128 * KIB, id="one over in bytes"),
+        pytest.param("x" + "ü" * 128 * KIB, 128 * KIB, id="the limit within a character"),
+        pytest.param("\0" * 128 * KIB, 256 * KIB // 3, id="at the limit until it is cleaned"),
+    ],
+)
+@EVERY_WAY
+@pytest.mark.asyncio
+async def test_arguments_beyond_256_kib_are_cut_and_the_other_calls_are_not(
+    llm: ScriptedLLM, sent: Any, arguments: str, kept: int
+) -> None:
+    llm.script(sent(calls(call("write_file", arguments, id="big"), call("echo", "{}", id="small"), text="So:")))
+
+    async with client(llm.url) as model:
+        deltas, finished = await ask(model)
+
+    expected = arguments.replace("\0", "\ufffd")
+    big, small = finished.tool_calls
+    assert deltas == ["So:"]
+    assert big == CallWanted("big", "write_file", expected[:kept], is_cut=kept < len(expected))
+    assert small == CallWanted("small", "echo", "{}", is_cut=False)
+
+
+@EVERY_WAY
+@pytest.mark.asyncio
+async def test_ids_and_names_are_cut_at_200_characters(llm: ScriptedLLM, sent: Any) -> None:
+    llm.script(sent(calls(call("n" * 200, id="i" * 200), call("ñ" * 201, id="ï" * 201))))
 
     async with client(llm.url) as model:
         _, finished = await ask(model)
 
-    assert finished.tool_calls[0]["id"].startswith("call_")
+    assert finished.tool_calls == [
+        CallWanted("i" * 200, "n" * 200, "{}"),
+        CallWanted("ï" * 200, "ñ" * 200, "{}"),
+    ]
+
+
+@EVERY_WAY
+@pytest.mark.asyncio
+async def test_an_answer_may_ask_for_128_calls_and_no_more(llm: ScriptedLLM, sent: Any) -> None:
+    many = [call("echo", id=f"c-{number}") for number in range(129)]
+    llm.script(sent(calls(*many[:128])), sent(calls(*many)))
+
+    async with client(llm.url) as model:
+        _, finished = await ask(model)
+        assert await fail(model) == ("", "output_limit")
+
+    assert [one.provider_id for one in finished.tool_calls] == [f"c-{number}" for number in range(128)]
+
+
+@EVERY_WAY
+@pytest.mark.asyncio
+async def test_all_calls_of_an_answer_may_have_4_mib_characters_together(llm: ScriptedLLM, sent: Any) -> None:
+    """Quotation marks, because JSON makes them two bytes each."""
+    one = call("n", '"' * (1024 * KIB - 2), id="i")
+    last = call("n", '"' * (1024 * KIB - 1), id="i")
+    llm.script(sent(calls(one, one, one, one)), sent(calls(one, one, one, last)))
+
+    async with client(llm.url) as model:
+        _, finished = await ask(model)
+        assert await fail(model) == ("", "output_limit")
+
+    assert [(len(one.arguments), one.is_cut) for one in finished.tool_calls] == [(256 * KIB, True)] * 4
+
+
+@pytest.mark.asyncio
+async def test_arguments_do_not_count_as_text(llm: ScriptedLLM) -> None:
+    llm.script(call("write_file", "x" * 1000, text="So be it."))
+
+    async with client(llm.url, max_output_chars=10) as model:
+        _, finished = await ask(model)
+
+    assert (finished.text, finished.tool_calls[0].arguments) == ("So be it.", "x" * 1000)
 
 
 @pytest.mark.asyncio
@@ -343,9 +494,7 @@ async def test_nul_and_lone_surrogates_never_leave_the_client(llm: ScriptedLLM) 
         deltas, finished = await ask(model)
 
     assert finished.text == "".join(deltas) == "a\ufffdb 😀 \ufffd"
-    assert finished.tool_calls == [
-        {"id": "i\ufffd", "type": "function", "function": {"name": "n", "arguments": "\ufffd"}}
-    ]
+    assert finished.tool_calls == [CallWanted("i\ufffd", "n", "\ufffd")]
 
 
 # Faults
@@ -588,6 +737,9 @@ async def test_a_connection_dropped_before_any_text_is_tried_again(llm: Scripted
         pytest.param(drop("Half an"), "Half an", id="mid-text"),
         pytest.param(drop(call=call("write_file", '{"path": "a"}')), "", id="mid-tool-call"),
         pytest.param(drop("I will", call=call("write_file")), "I will", id="text and half a call"),
+        pytest.param(
+            raw(event({"tool_calls": [piece("a", "{}", index=0, id="x")]})), "", id="end of body after a whole call"
+        ),
         pytest.param(raw(event({"content": "Half an"})), "Half an", id="end of body, not of answer"),
         pytest.param(raw(event({"content": "Half an"}) + b'data: {"cho'), "Half an", id="cut within an event"),
         pytest.param(raw(event({"reasoning": "hm"})), "", id="mid-thought"),
@@ -634,22 +786,13 @@ async def test_a_connection_that_stays_dropped(llm: ScriptedLLM) -> None:
         pytest.param(raw(event({"tool_calls": [{"function": {"arguments": {"a": 1}}}]}, "stop")), "", id="parsed args"),
         pytest.param(raw(b'data: {"usage": {"prompt_tokens": Infinity}}\n\n'), "", id="infinite usage"),
         pytest.param(raw(b"data: " + b"[" * 200_000 + b"\n\n"), "", id="nested"),
-        pytest.param(raw(*[b"data: " + b"x" * 50_000] * 30), "", id="endless line"),
-        pytest.param(raw(*[b"data: xxxxxxxxxxx\n" * 5_000] * 30), "", id="endless event"),
-        pytest.param(
-            raw(
-                *[b" " * 50_000] * 30, b'{"choices": [{"message": {"content": "x"}}]}', content_type="application/json"
-            ),
-            "",
-            id="endless body",
-        ),
     ],
 )
 @pytest.mark.asyncio
 async def test_an_answer_that_makes_no_sense(llm: ScriptedLLM, reply: Any, arrived: str) -> None:
     llm.script(reply)
 
-    async with client(llm.url, max_event_bytes=1_000_000) as model:
+    async with client(llm.url) as model:
         assert await fail(model) == (arrived, "model_bad_response")
 
     assert len(llm.requests) == 1
@@ -706,12 +849,56 @@ async def test_a_text_that_never_ends_is_cut_off(llm: ScriptedLLM) -> None:
     await llm.await_for(lambda llm: llm.aborted == 1)
 
 
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param([piece(None, "x" * 10_000, index=0)], id="arguments"),
+        pytest.param([piece("n" * 10_000, "", index=0)], id="name"),
+        pytest.param([piece(None, "", index=0, id="i" * 10_000)], id="id"),
+        pytest.param([piece("a", "{}", index=0, id="x"), piece("a", "{}", index=0, id="y")], id="one after the other"),
+    ],
+)
 @pytest.mark.asyncio
-async def test_arguments_count_towards_the_limit(llm: ScriptedLLM) -> None:
-    llm.script(call("write_file", "x" * 1024 * 1024))
+async def test_tool_calls_that_never_end_are_cut_off(llm: ScriptedLLM, pieces: list[dict[str, Any]]) -> None:
+    llm.script(endless_calls(*pieces))
 
     async with client(llm.url) as model:
         assert await fail(model) == ("", "output_limit")
+
+    await llm.await_for(lambda llm: llm.aborted == 1)
+
+
+@pytest.mark.asyncio
+async def test_empty_pieces_of_a_tool_call_do_not_come_for_ever(llm: ScriptedLLM) -> None:
+    llm.script(endless_calls(piece("", "", index=0)))
+
+    async with client(llm.url, max_call_chars=100) as model:
+        assert await fail(model) == ("", "output_limit")
+
+    await llm.await_for(lambda llm: llm.aborted == 1)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        pytest.param(raw(*[b"data: " + b"x" * 50_000] * 30), id="line"),
+        pytest.param(raw(*[b"data: xxxxxxxxxxx\n" * 5_000] * 30), id="event"),
+        pytest.param(
+            raw(
+                *[b" " * 50_000] * 30, b'{"choices": [{"message": {"content": "x"}}]}', content_type="application/json"
+            ),
+            id="body",
+        ),
+    ],
+)
+@pytest.mark.asyncio
+async def test_a_line_an_event_and_a_body_have_an_end(llm: ScriptedLLM, reply: Any) -> None:
+    llm.script(reply)
+
+    async with client(llm.url, max_event_bytes=1_000_000) as model:
+        assert await fail(model) == ("", "output_limit")
+
+    assert len(llm.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -906,15 +1093,209 @@ async def test_the_demo_model_says_what_it_is_and_who_speaks() -> None:
     assert finished.tool_calls == [] and finished.usage.completion_tokens == len(deltas)
 
 
+def demo_request(*messages: dict[str, Any], offered: list[dict[str, Any]], agent: str = "coder") -> ModelRequest:
+    system = {"role": "system", "content": f"You are the {agent}: you work."}
+    return ModelRequest(model="", messages=[system, *messages], tools=offered)
+
+
+def asks_for(tool: str, **arguments: str) -> list[dict[str, Any]]:
+    """The user's message, the call that answered it."""
+    function = {"name": tool, "arguments": json.dumps(arguments)}
+    tool_calls = [{"id": "call_1", "type": "function", "function": function}]
+    return [{"role": "user", "content": "Do it."}, {"role": "assistant", "content": "", "tool_calls": tool_calls}]
+
+
+ALL_TOOLS = tools("read_file", "write_file", "list_files", "execute_command")
+
+
+@pytest.mark.parametrize(
+    ("said", "tool", "arguments"),
+    [
+        ("Run it", "execute_command", {"command": "ls"}),
+        ("Please EXECUTE something", "execute_command", {"command": "ls"}),
+        ("Any command will do", "execute_command", {"command": "ls"}),
+        ("Do the tests pass?", "execute_command", {"command": "ls"}),
+        ("Run `pytest -q`, please", "execute_command", {"command": "pytest -q"}),
+        ("What does `git status` say?", "execute_command", {"command": "git status"}),
+        ("In `a.py` run `pytest -q`", "execute_command", {"command": "pytest -q"}),
+        ("Run `build.sh`", "execute_command", {"command": "build.sh"}),
+        ("Create notes.md and run it", "execute_command", {"command": "ls"}),
+        ("Read a.md", "read_file", {"path": "a.md"}),
+        ("What is in docs/plan-2.txt?", "read_file", {"path": "docs/plan-2.txt"}),
+        ("Explain `src/app.py`.", "read_file", {"path": "src/app.py"}),
+        ("What does tests/run.py do", "read_file", {"path": "tests/run.py"}),
+        ("Show me the file", "read_file", {"path": "README.md"}),
+        ("Прочитай заметки.md", "read_file", {"path": "заметки.md"}),
+    ],
+)
+@pytest.mark.asyncio
+async def test_the_demo_model_runs_and_reads_what_the_message_speaks_of(
+    said: str, tool: str, arguments: dict[str, str]
+) -> None:
+    request = demo_request({"role": "user", "content": said}, offered=ALL_TOOLS)
+
+    deltas, finished = await ask(DemoModel(delay=0), request)
+    again, _ = await ask(DemoModel(delay=0), request)
+
+    [wanted] = finished.tool_calls
+    assert (wanted.provider_id, wanted.name, json.loads(wanted.arguments)) == ("", tool, arguments)
+    assert deltas == again and len(deltas) > 5 and "".join(deltas) == finished.text
+    assert "demo model" in finished.text and all(value in finished.text for value in arguments.values())
+    assert finished.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("said", "path"),
+    [
+        ("Write a file", "demo.md"),
+        ("Create notes.md", "notes.md"),
+        ("Save this as src/app.py.", "src/app.py"),
+        ("Change `src/app.py`!", "src/app.py"),
+        ("Write tests in tests/test_app.py", "tests/test_app.py"),
+        ("Write `hello` to a.md", "a.md"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_the_demo_model_writes_a_file_that_tells_why(said: str, path: str) -> None:
+    request = demo_request({"role": "user", "content": said}, offered=ALL_TOOLS)
+
+    _, finished = await ask(DemoModel(delay=0), request)
+
+    [wanted] = finished.tool_calls
+    arguments = json.loads(wanted.arguments)
+    assert (wanted.name, arguments["path"]) == ("write_file", path)
+    assert said in arguments["content"] and "demo model" in arguments["content"]
+    assert path in finished.text and "in place of what it holds" in finished.text
+
+
+@pytest.mark.asyncio
+async def test_what_the_demo_model_writes_is_short_and_clean() -> None:
+    request = demo_request({"role": "user", "content": "Write a file \0\ud83d " + "😀" * 200_000}, offered=ALL_TOOLS)
+
+    _, finished = await ask(DemoModel(delay=0), request)
+
+    content = json.loads(finished.tool_calls[0].arguments)["content"]
+    assert "Write a file \ufffd\ufffd 😀" in content and len(content) < 300
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Please explain what you can do",
+        "This is a test of the prune",
+        "Write a plan",
+        "Change your mind",
+        "Show me what you know",
+        "Where are my files",
+        "Read notes.md.bak",
+        "Read https://example.org/readme.md, e.g. with os.path of Python 3.11 from example.com",
+        "`",
+        "",
+    ],
+)
+@pytest.mark.asyncio
+async def test_the_demo_model_answers_in_words_what_speaks_of_no_tool(said: str) -> None:
+    message = {"role": "user", "content": said}
+
+    _, with_tools = await ask(DemoModel(delay=0), demo_request(message, offered=ALL_TOOLS, agent="ask"))
+    _, without = await ask(DemoModel(delay=0), demo_request(message, offered=[], agent="ask"))
+
+    assert with_tools == without
+    assert with_tools.tool_calls == [] and with_tools.finish_reason == "stop"
+    assert "LLM_BASE_URL" in with_tools.text
+
+
+@pytest.mark.parametrize(
+    ("said", "tool"), [("Write a.md", "write_file"), ("Run `ls`", "execute_command"), ("Read a.md", "read_file")]
+)
+@pytest.mark.asyncio
+async def test_the_demo_model_asks_for_no_tool_that_it_is_not_offered(said: str, tool: str) -> None:
+    message = {"role": "user", "content": said}
+    others = [one for one in ALL_TOOLS if one["function"]["name"] != tool]
+
+    _, finished = await ask(DemoModel(delay=0), demo_request(message, offered=others, agent="ask"))
+    _, without_any = await ask(DemoModel(delay=0), demo_request(message, offered=[], agent="ask"))
+
+    assert finished.tool_calls == without_any.tool_calls == []
+    assert tool in finished.text and "a coder would do it" in finished.text
+    assert tool not in without_any.text and "LLM_BASE_URL" in without_any.text
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("It is about cats.", "The call has its result: “It is about cats.”"),
+        ("one\n two\0", "The call has its result: “one two\ufffd”"),
+        ("", "The call has its result, which is empty."),
+        ("x" * 200, f"“{'x' * 200}”"),
+        ("x" * 201, f"“{'x' * 199}…”"),
+        ("Error: no such file", "The call failed: “Error: no such file”"),
+        (
+            '{"status": "rejected", "feedback": "Not today"}',
+            "was rejected, so nothing was done. The feedback: “Not today”",
+        ),
+        ('{"status": "rejected", "feedback": "\\u0000\\ud83d"}', "The feedback: “\ufffd\ufffd”"),
+        ('{"status": "rejected", "feedback": null}', "The call was rejected, so nothing was done."),
+        (
+            '{"status": "approved_with_edits", "result": "Done."}',
+            "with edited arguments. The call has its result: “Done.”",
+        ),
+        (
+            '{"status": "approved_with_edits", "result": "Error: full"}',
+            "with edited arguments. The call failed: “Error: full”",
+        ),
+        (
+            '{"status": "approved_with_edits", "result": {"a": 1}}',
+            'with edited arguments. The call has its result: “{"status"',
+        ),
+        ('{"status": ["rejected"]}', 'The call has its result: “{"status": ["rejected"]}”'),
+        ('["rejected"]', 'The call has its result: “["rejected"]”'),
+        ('{"status": "rej', 'The call has its result: “{"status": "rej”'),
+        ("[" * 100_000, "The call has its result: “[[["),
+        ("9" * 100_000, "The call has its result: “999"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_the_demo_model_tells_what_became_of_its_call_and_asks_for_nothing_more(content: str, told: str) -> None:
+    answer = {"role": "tool", "tool_call_id": "call_1", "content": content}
+    request = demo_request(*asks_for("read_file", path="run.md"), answer, offered=ALL_TOOLS)
+
+    deltas, finished = await ask(DemoModel(delay=0), request)
+
+    assert told in finished.text and "demo model" in finished.text and len(finished.text) < 400
+    assert "".join(deltas) == finished.text
+    assert finished.tool_calls == [] and finished.finish_reason == "stop"
+
+
+@pytest.mark.asyncio
+async def test_the_demo_model_asks_for_a_tool_in_every_turn_anew() -> None:
+    answer = {"role": "tool", "tool_call_id": "call_1", "content": "It is about cats."}
+    earlier = [*asks_for("read_file", path="a.md"), answer, {"role": "assistant", "content": "Cats."}]
+    request = demo_request(*earlier, {"role": "user", "content": "Read b.md"}, offered=ALL_TOOLS)
+
+    _, finished = await ask(DemoModel(delay=0), request)
+
+    assert [one.arguments for one in finished.tool_calls] == ['{"path": "b.md"}']
+
+
+@pytest.mark.asyncio
+async def test_the_demo_model_counts_its_call() -> None:
+    _, finished = await ask(DemoModel(delay=0), demo_request({"role": "user", "content": "Run it"}, offered=ALL_TOOLS))
+
+    words = len(finished.text.split()) + 3  # execute_command {"command": "ls"}
+    assert finished.usage == Usage(8, words, 8 + words)
+
+
 @pytest.mark.asyncio
 async def test_the_demo_model_routes_by_keywords() -> None:
     messages = [
         {"role": "system", "content": "Classify the message."},
-        {"role": "user", "content": "Why does it crash?"},
+        {"role": "user", "content": "Why does `ls` crash?"},
     ]
 
-    _, finished = await ask(DemoModel(delay=0), ModelRequest(model="", messages=messages, purpose="routing"))
+    _, finished = await ask(DemoModel(delay=0), ModelRequest("", messages, "routing", tools=ALL_TOOLS))
 
+    assert finished.tool_calls == []
     assert json.loads(finished.text)["agent"] == "debug"
     assert json.loads(finished.text)["confidence"] == "high"
 

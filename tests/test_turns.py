@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.scripted_llm import Gate, Reply, ScriptedLLM, call, drop, empty, hold, html, say, status
+from tests.scripted_llm import Gate, Reply, ScriptedLLM, drop, empty, hold, html, say, status
 from tests.server import Frame, Server, eventually, until
 
 pytestmark = pytest.mark.usefixtures("played")
@@ -368,7 +368,6 @@ def test_fifty_messages_at_once_keep_the_order_of_acceptance(
         (drop(after="Half"), "model_interrupted"),
         (html(), "model_bad_response"),
         (empty(), "model_empty_answer"),
-        (call("write_file", {"path": "a"}, text="I will write"), "unexpected_tool_call"),
     ],
 )
 def test_a_model_fault_is_a_clear_error_and_the_session_stays_usable(

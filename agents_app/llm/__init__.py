@@ -5,13 +5,25 @@ from typing import TYPE_CHECKING
 
 from django.conf import settings
 
-from .base import FinishedStep, Model, ModelError, ModelRequest, TextDelta, Usage, clean
+from .base import (
+    MAX_ARGUMENT_BYTES,
+    CallWanted,
+    FinishedStep,
+    Model,
+    ModelError,
+    ModelRequest,
+    TextDelta,
+    Usage,
+    clean,
+)
 from .demo import DemoModel
 
 if TYPE_CHECKING:
     from .openai import ClientSettings, OpenAIModel
 
 __all__ = [
+    "MAX_ARGUMENT_BYTES",
+    "CallWanted",
     "FinishedStep",
     "Model",
     "ModelError",

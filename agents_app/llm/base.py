@@ -4,15 +4,19 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+# What is kept of the arguments of one call, in UTF-8.
+MAX_ARGUMENT_BYTES = 256 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
-    """One model step: the whole transcript in chat-completions form, system prompt first."""
+    """One model step: the whole transcript in chat-completions form, system prompt first, and the tools on offer."""
 
     model: str
     messages: list[dict[str, Any]]
     purpose: Literal["answer", "routing"] = "answer"
     temperature: float | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +34,24 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class CallWanted:
+    """A tool call as the model wrote it: the id may be missing or repeated, the arguments may be no JSON.
+
+    `is_cut` says that the arguments were longer than MAX_ARGUMENT_BYTES; such a call must never be carried out.
+    """
+
+    provider_id: str
+    name: str
+    arguments: str
+    is_cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class FinishedStep:
     """The end of a model step: the whole text, the calls it asks for, and what it cost."""
 
     text: str
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    tool_calls: list[CallWanted] = field(default_factory=list)
     finish_reason: str | None = None
     usage: Usage = field(default_factory=Usage)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from agents_app.keywords import classify
 
-from .base import FinishedStep, ModelRequest, TextDelta, Usage
+from .base import CallWanted, FinishedStep, ModelRequest, TextDelta, Usage, clean
 
 SHOWN_CHARS = 200
 
@@ -21,9 +21,27 @@ WORK = {
     "universal": "work on this from the first idea to the finished code",
 }
 
+# Words that speak of a tool.
+RUN = re.compile(r"\b(?:run|execute)\b", re.IGNORECASE)
+RUNNABLE = re.compile(r"\b(?:command|tests)\b", re.IGNORECASE)
+WRITE = re.compile(r"\b(?:(?:over|re)?write|create|change|save|edit|modify|update|append)\b", re.IGNORECASE)
+READ = re.compile(r"\b(?:read|show|display|print|open|view|see|look)\b", re.IGNORECASE)
+FILE = re.compile(r"\bfiles?\b", re.IGNORECASE)
+QUOTED = re.compile(r"`([^`\n]{1,200})`")
+# Only known endings, for "example.com" and "os.path" are no files; and no part of a longer word, such as an address.
+PATH = re.compile(
+    r"(?<![\w./~:-])[\w./~-]{0,200}\w\."
+    r"(?:c|cfg|conf|cpp|css|csv|dart|go|h|html|ini|java|js|json|jsx|kt|log|md|php|py|rb|rs|sh|sql|toml|ts|tsx|txt|xml"
+    r"|yaml|yml)(?![\w/-]|\.\w)",
+    re.IGNORECASE,
+)
+
 
 class DemoModel:
-    """Answers in words only, says that it is a demo, and routes by keywords. Usage is estimated: one token a word."""
+    """Says that it is a demo, asks for a tool when the words of a message speak of one, and routes by keywords.
+
+    Usage is estimated: one token a word.
+    """
 
     def __init__(self, *, delay: float = 0.03) -> None:
         self._delay = delay
@@ -34,19 +52,20 @@ class DemoModel:
     async def stream(self, request: ModelRequest) -> AsyncGenerator[TextDelta | FinishedStep, None]:
         """Stream the demo answer word by word; a routing request gets its JSON in one piece."""
         system = _text_of(request.messages[0]) if request.messages else ""
+        calls: list[CallWanted] = []
         if request.purpose == "routing" or system.startswith("Classify"):
             answer = _routing(request.messages)
             yield TextDelta(answer)
         else:
-            answer = _answer(system, request.messages)
+            answer, calls = _answer(system, request)
             for number, word in enumerate(re.findall(r"\S+\s*", answer)):
                 if number:
                     await asyncio.sleep(self._delay)
                 yield TextDelta(word)
         prompt_tokens = sum(len(_text_of(message).split()) for message in request.messages)
-        completion_tokens = len(answer.split())
+        completion_tokens = len(answer.split()) + sum(len(f"{call.name} {call.arguments}".split()) for call in calls)
         usage = Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
-        yield FinishedStep(text=answer, finish_reason="stop", usage=usage)
+        yield FinishedStep(answer, calls, finish_reason="tool_calls" if calls else "stop", usage=usage)
 
 
 def _routing(messages: list[dict[str, Any]]) -> str:
@@ -54,23 +73,98 @@ def _routing(messages: list[dict[str, Any]]) -> str:
     return json.dumps({"agent": agent, "confidence": "high", "reasoning": f"The words of the message suggest {agent}."})
 
 
-def _answer(system: str, messages: list[dict[str, Any]]) -> str:
+def _answer(system: str, request: ModelRequest) -> tuple[str, list[CallWanted]]:
+    """The text and the calls: at most one, and none once a tool has answered, so that no turn goes on for ever."""
     speaker = re.match(r"You are the (\w+)", system)
     agent = speaker[1].lower() if speaker else "assistant"
-    said = " ".join(_said(messages).split())
-    if len(said) > SHOWN_CHARS:
-        said = said[:SHOWN_CHARS].rstrip() + "…"
-    heard = f"You said: “{said}”" if said else "You have not said anything yet."
-    if messages and messages[-1].get("role") == "tool":
-        heard += "\n\nThe result of the tool call has arrived, thank you."
+    newest = next((one for one in reversed(request.messages) if one.get("role") in ("user", "tool")), None)
+    if newest and newest["role"] == "tool":
+        return clean(f"The demo model again, as the {agent} agent. {_outcome(_text_of(newest))}"), []
+    said = clean(_said(request.messages))
+    offered = {tool["function"]["name"] for tool in request.tools}
+    tool, arguments = _wish(said)
+    if tool in offered:
+        text = f"This is the {agent} agent, played by the demo model. {_announcement(tool, arguments)}"
+        return text, [CallWanted("", tool, json.dumps(arguments, ensure_ascii=False))]
+    missing = f"That would take the tool {tool}, which this agent is not offered: a coder would do it.\n\n"
+    return _words_only(agent, said, missing if tool and offered else ""), []
+
+
+def _words_only(agent: str, said: str, missing: str) -> str:
+    heard = f"You said: “{_beginning(said)}”" if said.strip() else "You have not said anything yet."
     return (
         f"Hello! This is the {agent} agent, played by the demo model: it works offline, no provider was asked.\n\n"
         f"{heard}\n\n"
+        f"{missing}"
         f"With a real model, the {agent} agent would now {WORK.get(agent, 'answer you')}. "
         "To connect one, set LLM_BASE_URL (any OpenAI-compatible address), LLM_API_KEY and LLM_MODEL, and start the "
         "server again. Until then, ask for code, a design, the cause of an error or an explanation in a new session: "
         "each goes to another agent."
     )
+
+
+def _wish(said: str) -> tuple[str, dict[str, str]]:
+    """The tool that the words of a message speak of, and its arguments; an empty name if they speak of none."""
+    # "tests/run.py" speaks of a file, not of running tests.
+    words = PATH.sub(" ", said)
+    found = PATH.search(said)
+    path = found[0] if found else ""
+    # Of "in `a.py` run `pytest`" the command is what is no path.
+    command = min(QUOTED.findall(said), key=_is_path, default="").strip()
+    writes = WRITE.search(words) and (path or FILE.search(words))
+    speaks_of_a_command = RUNNABLE.search(words) or (command and not _is_path(command))
+    # "Write tests in a.py" and "write `x` to a.md" are about the file.
+    if RUN.search(words) or (speaks_of_a_command and not writes):
+        return "execute_command", {"command": command or "ls"}
+    if writes:
+        content = f"Written by the demo model, because somebody said: {_beginning(said)}\n"
+        return "write_file", {"path": path or "demo.md", "content": content}
+    if path or (READ.search(words) and FILE.search(words)):
+        return "read_file", {"path": path or "README.md"}
+    return "", {}
+
+
+def _announcement(tool: str, arguments: dict[str, str]) -> str:
+    wish = {
+        "execute_command": "run `{command}`",
+        "write_file": "write one line to {path}, in place of what it holds",
+        "read_file": "read {path}",
+    }[tool].format_map(arguments)
+    return f"Your message suggests a tool, so I ask to {wish}. The rules say whether a person approves that first."
+
+
+def _outcome(content: str) -> str:
+    """What became of a call, told by its tool message: an object where a person stepped in, else a text."""
+    try:
+        told = json.loads(content)
+    except (ValueError, RecursionError):
+        told = None
+    match told:
+        case {"status": "rejected", "feedback": str(feedback)}:
+            return f"The call was rejected, so nothing was done. The feedback: “{_beginning(feedback)}”"
+        case {"status": "rejected"}:
+            return "The call was rejected, so nothing was done."
+        case {"status": "approved_with_edits", "result": result}:
+            shown = result if isinstance(result, str) else content
+            return f"The call was approved with edited arguments. {_result(shown)}"
+        case _:
+            return _result(content)
+
+
+def _result(result: str) -> str:
+    shown = _beginning(result)
+    if shown.startswith("Error:"):
+        return f"The call failed: “{shown}”"
+    return f"The call has its result: “{shown}”" if shown else "The call has its result, which is empty."
+
+
+def _beginning(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1].rstrip() + "…"
+
+
+def _is_path(text: str) -> bool:
+    return PATH.fullmatch(text) is not None
 
 
 def _said(messages: list[dict[str, Any]]) -> str:

@@ -9,14 +9,23 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from io import StringIO
 from itertools import count
 from typing import Any
-from uuid import uuid4
 
 import aiohttp
 import orjson
 
-from .base import FinishedStep, ModelError, ModelRequest, TextDelta, Usage, clean
+from .base import (
+    MAX_ARGUMENT_BYTES,
+    CallWanted,
+    FinishedStep,
+    ModelError,
+    ModelRequest,
+    TextDelta,
+    Usage,
+    clean,
+)
 from .breaker import Breaker
 
 logger = logging.getLogger(__name__)
@@ -26,6 +35,11 @@ LONGEST_WAIT = 60.0
 ERROR_BODY_BYTES = 64 * 1024
 # After [DONE] only the end of the body is missing. Waiting a moment for it lets the connection go back to the pool.
 LINGER = 0.25
+
+# How many tools one answer may ask for.
+MAX_CALLS = 128
+# What is kept of an id and of a name. No tool of ours has a longer name, and a database column holds as much.
+KEPT_CHARS = 200
 
 TEXTS = {
     "model_unreachable": "The model could not be reached.",
@@ -52,7 +66,10 @@ class ClientSettings:
     retries: int = 3
     retry_delay: float = 0.5
     max_output_chars: int = 200_000
-    max_event_bytes: int = 4 * 1024 * 1024
+    # All calls of an answer together: their ids, names and arguments.
+    max_call_chars: int = 4 * 1024 * 1024
+    # Some servers send all calls in one event, or the answer as one body; JSON makes them longer than they are.
+    max_event_bytes: int = 16 * 1024 * 1024
 
 
 class TemporaryError(ModelError):
@@ -149,6 +166,9 @@ class OpenAIModel:
         }
         if request.temperature is not None:
             body["temperature"] = request.temperature
+        if request.tools:
+            # Left out rather than empty: some providers refuse an empty list.
+            body["tools"] = request.tools
         if self._session is None:
             self._session = self._open_session()
         return await self._session.post(self._url, data=orjson.dumps(body), allow_redirects=False)
@@ -210,7 +230,8 @@ class Answer:
         self._high_surrogate = ""
         self._calls: list[Call] = []
         self._call_at: dict[int | None, Call] = {}
-        self._chars = 0
+        self._text_chars = 0
+        self._call_chars = 0
         self._finish_reason: str | None = None
         self._usage = Usage()
 
@@ -251,7 +272,7 @@ class Answer:
         # Blanks are no answer either: providers refuse them when they come back in the history.
         if not text.strip() and not self._calls:
             raise _failure("model_empty_answer")
-        calls = [call.as_dict() for call in self._calls]
+        calls = [call.wanted() for call in self._calls]
         return FinishedStep(text=text, tool_calls=calls, finish_reason=self._finish_reason, usage=self._usage)
 
     def _take(self, event: bytes) -> str:
@@ -289,7 +310,9 @@ class Answer:
 
     def _add_text(self, content: str) -> str:
         self.progress += 1
-        self._count(len(content))
+        self._text_chars += len(content)
+        if self._text_chars > self._settings.max_output_chars:
+            raise _failure("output_limit")
         text = self._high_surrogate + content
         self._high_surrogate = ""
         if "\ud800" <= text[-1] <= "\udbff":
@@ -304,20 +327,18 @@ class Answer:
         index = piece.get("index", position)
         function = piece.get("function") or {}
         call_id, name, arguments = piece.get("id") or "", function.get("name") or "", function.get("arguments") or ""
-        self._count(len(call_id + name + arguments))  # also fails for what is no text
+        # Also fails for what is no text. An empty piece counts as well, or they could come for ever.
+        self._call_chars += len(call_id + name + arguments) or 1
         call = self._call_at.get(index)
         # Some servers give every parallel call the index 0. Another id together with a name is another call.
         if call is None or (call_id and name and call.name and call_id != call.id):
             call = self._call_at[index] = Call()
             self._calls.append(call)
+        if self._call_chars > self._settings.max_call_chars or len(self._calls) > MAX_CALLS:
+            raise _failure("output_limit")
         call.id = call.id or call_id
         call.name = call.name or name
-        call.arguments.append(arguments)
-
-    def _count(self, chars: int) -> None:
-        self._chars += chars
-        if self._chars > self._settings.max_output_chars:
-            raise _failure("output_limit")
+        call.arguments.write(arguments)
 
 
 @dataclass(slots=True)
@@ -326,12 +347,15 @@ class Call:
 
     id: str = ""
     name: str = ""
-    arguments: list[str] = field(default_factory=list)
+    arguments: StringIO = field(default_factory=StringIO)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The call as a message holds it. A call that came without an id gets one, for its answer has to name it."""
-        function = {"name": clean(self.name), "arguments": clean("".join(self.arguments))}
-        return {"id": clean(self.id) or f"call_{uuid4().hex}", "type": "function", "function": function}
+    def wanted(self) -> CallWanted:
+        """The whole call, cut where it is longer than what is kept."""
+        arguments = clean(self.arguments.getvalue())
+        # A character that the cut halves is left out.
+        kept = arguments.encode()[:MAX_ARGUMENT_BYTES].decode(errors="ignore")
+        provider_id, name = clean(self.id)[:KEPT_CHARS], clean(self.name)[:KEPT_CHARS]
+        return CallWanted(provider_id, name, kept, is_cut=len(kept) < len(arguments))
 
 
 class EventSplitter:
@@ -362,7 +386,7 @@ class EventSplitter:
         else:
             self._held += len(data)
         if self._held > self._max_bytes:
-            raise _failure("model_bad_response")
+            raise _failure("output_limit")
 
     def end(self) -> Iterator[bytes]:
         """The last event, if the body ended without the blank line that completes it."""
@@ -380,7 +404,7 @@ class WholeBody:
         """Nothing, before the body is whole."""
         self._body += data
         if len(self._body) > self._max_bytes:
-            raise _failure("model_bad_response")
+            raise _failure("output_limit")
         return iter(())
 
     def end(self) -> Iterator[bytes]:

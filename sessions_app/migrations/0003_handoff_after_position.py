@@ -4,15 +4,14 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     dependencies = [
-        ('sessions_app', '0002_first_account'),
+        ("sessions_app", "0002_first_account"),
     ]
 
     operations = [
         migrations.AddField(
-            model_name='handoff',
-            name='after_position',
+            model_name="handoff",
+            name="after_position",
             field=models.PositiveIntegerField(default=0, help_text="The session's last turn when it happened."),
         ),
     ]

@@ -1,0 +1,354 @@
+"""Approval requests and the one way in which they end (guarantees 3.3).
+
+Everybody who decides, over whatever path, goes through `decide`, with the lock of the session's row held: the decision,
+its audit entry, what it does to the call and the requeue of the turn are one transaction.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import transaction
+from django.utils import timezone
+
+from agents_app import handoffs
+from agents_app.binding import args_hash, canonical
+from agents_app.models import Agent, ApprovalRequest, Decision
+from agents_app.policy import Ruling
+from agents_app.tools import ON_THE_SERVER, CallRefused, Toolbox
+from events_app import log
+from events_app.chunks import ApprovalResolved, Chunk, ErrorShown, TurnFinished
+from events_app.feed import feed
+from events_app.models import Event
+from orchestrator_site.errors import Conflict, Forbidden, Invalid, NotFound
+from orchestrator_site.http import wire_time
+from sessions_app import lifecycle
+from sessions_app.callers import Caller
+from sessions_app.models import Session, ToolCall, Turn, TurnMoved
+
+Verdict = Decision.Verdict
+Outcome = ToolCall.Outcome
+Answer = tuple[str, Outcome]
+# What a person says; every other verdict is what happens to a request.
+BY_A_PERSON = (Verdict.APPROVE, Verdict.EDIT, Verdict.REJECT)
+STATUS = {
+    Verdict.APPROVE: ApprovalRequest.Status.APPROVED,
+    Verdict.EDIT: ApprovalRequest.Status.EDITED,
+    Verdict.REJECT: ApprovalRequest.Status.REJECTED,
+    Verdict.SUPERSEDED: ApprovalRequest.Status.SUPERSEDED,
+    Verdict.CANCELLED: ApprovalRequest.Status.CANCELLED,
+}
+ERROR_CHARS = 2_000
+MAX_FEEDBACK_CHARS = 10_000
+NO_FEEDBACK = "User rejected this operation"
+CLOSED = {
+    Verdict.SUPERSEDED: (Outcome.SUPERSEDED, "The user sent a new message before this call had a result."),
+    Verdict.CANCELLED: (Outcome.CANCELLED, "The user cancelled before this call had a result."),
+}
+
+
+class UnknownApproval(NotFound):
+    code = "unknown_call"
+
+
+class AlreadyDecided(Conflict):
+    code = "already_decided"
+
+    def __init__(self, request: ApprovalRequest) -> None:
+        made = Decision.objects.get(request=request)
+        super().__init__(f"Already decided ({made.verdict}) by {made.decided_by} at {wire_time(made.decided_at)}.")
+        self.more = {
+            "decision": made.verdict,
+            "decided_by": made.decided_by,
+            "decided_at": wire_time(made.decided_at),
+        }
+
+
+class ArgumentsChanged(Conflict):
+    """The decision was made on other arguments than those that would run."""
+
+    code = "arguments_changed"
+
+
+class ArgumentsTampered(ArgumentsChanged):
+    """The stored arguments are no longer those that were hashed when the request was made."""
+
+
+class PolicyChanged(Conflict):
+    """The call may not be made any more, whoever approves it."""
+
+    code = "policy_changed"
+
+
+class SelfApprovalForbidden(Forbidden):
+    code = "self_approval_forbidden"
+
+
+class EditRefused(Invalid):
+    """The edited arguments may not run: they break the tool's schema, the agent's paths or the rules."""
+
+
+# Refusals that an auditor wants to know of. Losing a race is none.
+AUDITED = (ArgumentsChanged, PolicyChanged, SelfApprovalForbidden, EditRefused)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What somebody wants to become of a request. `args_hash`: of the arguments that were looked at, if told."""
+
+    verdict: Verdict
+    arguments: dict[str, Any] | None = None
+    feedback: str | None = None
+    args_hash: str | None = None
+
+
+def request(call: ToolCall, ruling: Ruling) -> ApprovalRequest:
+    """Have a stored call wait for a person."""
+    return ApprovalRequest.objects.create(
+        call=call,
+        session_id=call.session_id,
+        tool_name=call.tool_name,
+        arguments_text=call.arguments_text,
+        args_hash=call.args_hash,
+        rule=ruling.rule,
+        reason=ruling.reason,
+        self_approval=ruling.self_approval,
+    )
+
+
+def one_visible_to(caller: Caller, call_id: str) -> ApprovalRequest:
+    """The request with its call and decision. Raises UnknownApproval, also for a stranger's."""
+    found = ApprovalRequest.objects.visible_to(caller).select_related("call", "decision")
+    approval = found.filter(call_id=call_id).first()
+    if approval is None:
+        raise UnknownApproval(f"No approval request {call_id}")
+    return approval
+
+
+def decide_by_id(caller: Caller, call_id: str, choice: Choice) -> None:
+    """Decide on a request by its id alone. Raises UnknownApproval and what `decide` raises."""
+    found = one_visible_to(caller, call_id)
+    # Of many who decide at once, those who come too late need not queue up for the lock.
+    ensure_pending(found)
+    with recording_refusals(caller, found.call), transaction.atomic():
+        session = lifecycle.locked_for(caller, found.session_id)
+        decide(session, of_call(session, call_id), choice, caller)
+
+
+def of_call(session: Session, call_id: str) -> ApprovalRequest:
+    """A session's request, read under the session's lock."""
+    return session.approvals.select_related("call__turn").get(call_id=call_id)
+
+
+def ensure_pending(approval: ApprovalRequest) -> None:
+    if approval.status != ApprovalRequest.Status.PENDING:
+        raise AlreadyDecided(approval)
+
+
+def decide(
+    session: Session, approval: ApprovalRequest, choice: Choice, by: Caller, *, result: Answer | None = None
+) -> bool:
+    """Settle a request, and say so on the session's stream. Returns whether the turn goes on by it.
+
+    Approve and edit release the call; reject, supersede and cancel answer it. `result`: the one that a client sent
+    for a call that still waited, which is a decision as well. The caller holds the session's lock.
+
+    Raises AlreadyDecided, ArgumentsChanged, SelfApprovalForbidden, PolicyChanged, EditRefused, with nothing written.
+    """
+    call = approval.call
+    ensure_pending(approval)
+    if choice.verdict in BY_A_PERSON:
+        _ensure_may_decide(approval, choice, by)
+    edited_text = canonical(choice.arguments) if choice.arguments is not None else ""
+    hash_after = _hash_of(call, edited_text) if edited_text else approval.args_hash
+    settled = ApprovalRequest.objects.pending().filter(pk=approval.pk, args_hash=approval.args_hash)
+    if not settled.update(status=STATUS[choice.verdict]):
+        raise AlreadyDecided(approval)
+    made = Decision.objects.create(
+        request=approval,
+        verdict=choice.verdict,
+        decided_by=by.name,
+        channel=by.channel,
+        feedback=choice.feedback or "",
+        edited_text=edited_text,
+        args_hash=hash_after,
+        decided_at=timezone.now(),
+    )
+    _write_down(session, approval, made, by)
+    chunks = [_resolved(call, made), *_carry_out(session, call, made, result)]
+    goes_on = choice.verdict in BY_A_PERSON and not call.is_open and call.turn.go_on()
+    closes = choice.verdict in BY_A_PERSON and not goes_on
+    lifecycle.emit(session, *chunks, origin=str(call.turn_id), closes=closes)
+    if goes_on:
+        transaction.on_commit(feed.wake_runner)
+    return goes_on
+
+
+def close_calls(session: Session, turn: Turn, verdict: Verdict, by: Caller) -> None:
+    """Answer every open call of a turn that ends: superseded or cancelled. The caller holds the session's lock."""
+    for call in turn.calls.open().select_related("approval").in_order():
+        if call.status == ToolCall.Status.WAITING:
+            decide(session, of_call(session, call.pk), Choice(verdict), by)
+        else:
+            call.answer_with(*closing(call.tool_name, verdict))
+
+
+def answer(session: Session, call: ToolCall, text: str, outcome: Outcome, **details: Any) -> None:
+    """Give a call the result that was reported for it, and record how it went."""
+    call.answer_with(text, outcome)
+    log.record(executed(session, call, **details))
+
+
+def executed(session: Session, call: ToolCall, **details: Any) -> Event:
+    """The fact that a call ended with a result or an error."""
+    named = {"tool_name": call.tool_name, "call_id": call.pk, **details}
+    if call.outcome == Outcome.OK:
+        return lifecycle.fact(session, "tool.execution.completed", turn_id=call.turn_id, **named)
+    failure = {"error_message": call.answer[:ERROR_CHARS], "error_type": call.outcome, **named}
+    return lifecycle.fact(session, "tool.execution.failed", turn_id=call.turn_id, **failure)
+
+
+@contextmanager
+def recording_refusals(by: Caller, call: ToolCall) -> Iterator[None]:
+    """Around the transaction that decides: what it refuses is written down after it was rolled back."""
+    try:
+        yield
+    except AUDITED as refusal:
+        with transaction.atomic():
+            log.audit(
+                by,
+                "approval.decide",
+                session_id=call.session_id,
+                target=call.pk,
+                reason=str(refusal.detail),
+                refused=True,
+                code=refusal.code,
+            )
+            if isinstance(refusal, ArgumentsTampered):
+                _fail_turn(call)
+        raise
+
+
+def rejected_text(tool_name: str, feedback: str | None) -> str:
+    """What the model reads of a rejection (protocol 5)."""
+    return json.dumps(
+        {"status": "rejected", "tool_name": tool_name, "feedback": feedback or NO_FEEDBACK}, ensure_ascii=False
+    )
+
+
+def closing(tool_name: str, verdict: Verdict) -> Answer:
+    """What the model reads of a call that is superseded or cancelled."""
+    outcome, message = CLOSED[verdict]
+    return json.dumps({"status": verdict, "tool_name": tool_name, "message": message}, ensure_ascii=False), outcome
+
+
+def _ensure_may_decide(approval: ApprovalRequest, choice: Choice, by: Caller) -> None:
+    call = approval.call
+    current = _hash_of(call, call.arguments_text)
+    if current != approval.args_hash or call.arguments_text != approval.arguments_text:
+        raise ArgumentsTampered("The stored arguments are not those that were asked for.")
+    if choice.args_hash is not None and choice.args_hash != current:
+        raise ArgumentsChanged("These are not the arguments that wait.")
+    if not approval.self_approval and not by.is_operator:
+        raise SelfApprovalForbidden("Somebody else has to decide on this call.")
+    if choice.verdict == Verdict.REJECT:
+        return
+    arguments = choice.arguments if choice.arguments is not None else call.arguments
+    try:
+        toolbox = Toolbox.of(Agent.objects.get(pk=call.agent))
+        tool = toolbox.tool_named(call.tool_name)
+        toolbox.judge(tool, arguments)
+    except CallRefused as refused:
+        if choice.verdict == Verdict.EDIT:
+            raise EditRefused(refused.message, "body", "modified_arguments", *refused.path, kind=refused.code) from None
+        raise PolicyChanged(refused.message) from None
+
+
+def _hash_of(call: ToolCall, text: str) -> str:
+    return args_hash(call.session_id, call.pk, call.tool_name, call.tool_version, text)
+
+
+def _write_down(session: Session, approval: ApprovalRequest, made: Decision, by: Caller) -> None:
+    call = approval.call
+    log.audit(
+        by,
+        f"approval.{made.verdict}",
+        session_id=session.pk,
+        target=call.pk,
+        reason=made.feedback,
+        tool_name=call.tool_name,
+        args_hash_before=approval.args_hash,
+        args_hash_after=made.args_hash,
+        modified_arguments=made.edited_arguments,
+    )
+    log.record(
+        lifecycle.fact(
+            session,
+            "hitl.decision.made",
+            turn_id=call.turn_id,
+            call_id=call.pk,
+            decision=made.verdict,
+            tool_name=call.tool_name,
+            original_args=call.arguments,
+            modified_args=made.edited_arguments,
+            decided_by=by.name,
+            feedback=made.feedback or None,
+        )
+    )
+
+
+def _resolved(call: ToolCall, made: Decision) -> ApprovalResolved:
+    edited = made.edited_arguments
+    return ApprovalResolved(
+        call.pk,
+        made.verdict,
+        call.arguments if edited is None else edited,
+        made.args_hash,
+        made.feedback or None,
+        made.decided_by,
+        wire_time(made.decided_at),
+    )
+
+
+def _carry_out(session: Session, call: ToolCall, made: Decision, result: Answer | None) -> list[Chunk]:
+    """What the decision does to the call, and the chunks that its execution by the server adds."""
+    if made.verdict == Verdict.REJECT:
+        call.answer_with(*(result or (rejected_text(call.tool_name, made.feedback), Outcome.REJECTED)))
+        return []
+    if made.verdict not in BY_A_PERSON:
+        call.answer_with(*closing(call.tool_name, Verdict(made.verdict)))
+        return []
+    call.release(args_hash=made.args_hash, edited_text=made.edited_text)
+    log.record(
+        lifecycle.fact(
+            session, "tool.execution.started", turn_id=call.turn_id, tool_name=call.tool_name, call_id=call.pk
+        )
+    )
+    if result is not None:
+        answer(session, call, *result)
+    elif call.tool_name in ON_THE_SERVER:
+        text, outcome, chunks = handoffs.switch_mode(session, call.turn, call.final_arguments, by=call.agent)
+        answer(session, call, text, outcome)
+        return chunks
+    return []
+
+
+def _fail_turn(call: ToolCall) -> None:
+    """End the turn of a call whose arguments somebody changed behind the back of its request."""
+    session = Session.objects.locked().get(pk=call.session_id)
+    turn = Turn.objects.get(pk=call.turn_id)
+    if turn.status != Turn.Status.WAITING:
+        return
+    system = Caller(session.account_id, "system", "system")
+    close_calls(session, turn, Verdict.CANCELLED, system)
+    if not turn.end_unheld(Turn.Status.FAILED, ArgumentsChanged.code):
+        raise TurnMoved(f"{turn} moved on while it was being failed")
+    lifecycle.emit(
+        session,
+        ErrorShown("The arguments of a waiting tool call were changed. It was not released.", ArgumentsChanged.code),
+        TurnFinished(str(turn.pk), Turn.Status.FAILED, ArgumentsChanged.code, turn.usage),
+        origin=str(turn.pk),
+    )
+    transaction.on_commit(feed.wake_runner)

@@ -1,0 +1,145 @@
+"""Whether a tool call may be made at all: the agent's tools, the arguments' schema, the agent's paths, the rules."""
+
+import json
+import posixpath
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from agents_app import policy
+from agents_app.llm import CallWanted
+from agents_app.models import Agent, ApprovalRule, Tool
+from agents_app.policy import Ruling
+from orchestrator_site.errors import APIError
+from orchestrator_site.http import read_json
+
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
+
+WRITE = "write_file"
+EXECUTE = "execute_command"
+SHOWN_CHARS = 300
+# Executed by the server itself; every other tool is the client's.
+ON_THE_SERVER = frozenset({"switch_mode"})
+
+
+class CallRefused(Exception):
+    """A call that may not be made. `message` is for the model and for people, `code` for programs.
+
+    `path` says where in the arguments. What the agent is forbidden is also shown to the client (section 4, row 8);
+    a slip of the model is told to the model alone.
+    """
+
+    def __init__(self, code: str, message: str, *, path: tuple[str | int, ...] = (), is_shown: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.path = path
+        self.is_shown = is_shown
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """What one agent may use, and under which rules; read once for all calls of an answer."""
+
+    agent: Agent
+    tools: dict[str, Tool]
+    rules: list[ApprovalRule] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, agent: Agent) -> "Toolbox":
+        tools = Tool.objects.filter(name__in=agent.allowed_tools)
+        return cls(agent, {tool.name: tool for tool in tools}, policy.rules_in_force())
+
+    def tool_named(self, name: str) -> Tool:
+        """The tool, or CallRefused with the contract's text (protocol 6.2)."""
+        if name in self.tools:
+            return self.tools[name]
+        if Tool.objects.filter(pk=name).exists():
+            raise CallRefused("tool_not_allowed", _forbidden(self.agent, name), is_shown=True)
+        raise CallRefused("unknown_tool", f"There is no tool '{name[:64]}'. There are: {', '.join(self.tools)}.")
+
+    def judge(self, tool: Tool, arguments: dict[str, Any]) -> Ruling:
+        """What the rules say of a call with these arguments, or CallRefused: schema, then paths, then rules."""
+        _check_schema(tool, arguments)
+        _check_path(self.agent, tool, arguments)
+        ruling = policy.rule_on(self.rules, tool=tool.name, agent=self.agent.name)
+        if ruling.outcome == policy.Outcome.DENY:
+            raise CallRefused("denied_by_policy", ruling.reason or "This is not allowed here.", is_shown=True)
+        return ruling
+
+
+def offered_to(agent: Agent) -> list[dict[str, Any]]:
+    """The tools that a model is offered when it speaks for this agent."""
+    return [tool.as_function() for tool in Tool.objects.filter(name__in=agent.allowed_tools)]
+
+
+def read_arguments(wanted: CallWanted) -> dict[str, Any]:
+    """The arguments that the model wrote, or CallRefused: what cannot be parsed is never executed."""
+    if wanted.is_cut:
+        raise CallRefused("arguments_too_large", "The arguments are too large: 256 KiB is the most.")
+    if not wanted.arguments.strip():
+        return {}
+    try:
+        arguments = read_json(wanted.arguments.encode(), "application/json")
+    except APIError as error:
+        why = error.detail if isinstance(error.detail, str) else error.detail[0]["msg"]
+        raise CallRefused("invalid_arguments", f"The arguments cannot be used: {_of_arguments(why)}") from None
+    if not isinstance(arguments, dict):
+        raise CallRefused("invalid_arguments", "The arguments have to be a JSON object.")
+    return arguments
+
+
+def _of_arguments(why: str) -> str:
+    return why.replace("The body is", "they are").replace("A body may", "they may")
+
+
+def _forbidden(agent: Agent, tool: str) -> str:
+    text = f"Tool '{tool}' is not allowed for {_speaker(agent)}"
+    if tool == WRITE and agent.name in ("debug", "ask"):
+        return f"{text}: it only reads. Switch to the Coder agent to change files."
+    if tool == EXECUTE and agent.name == "ask":
+        return f"{text}. Switch to the Coder agent to run commands."
+    return text
+
+
+def _speaker(agent: Agent) -> str:
+    return f"{agent.name.capitalize()} agent"
+
+
+def _check_schema(tool: Tool, arguments: dict[str, Any]) -> None:
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator(json.dumps(tool.parameters)).iter_errors(arguments))
+    if error is not None:
+        where = tuple(error.absolute_path)
+        at = f" at {'.'.join(map(str, where))}" if where else ""
+        message = error.message if len(error.message) <= SHOWN_CHARS else f"{error.message[:SHOWN_CHARS]}…"
+        raise CallRefused("invalid_arguments", f"The arguments do not fit {tool.name}{at}: {message}", path=where)
+
+
+@lru_cache(maxsize=256)
+def _validator(schema: str) -> "Validator":
+    # Imported late: commands that check no arguments should not wait for it.
+    from jsonschema import Draft202012Validator
+    from referencing import Registry
+
+    # A registry of its own, because the default one fetches what a `$ref` names from anywhere.
+    return Draft202012Validator(json.loads(schema), registry=Registry())
+
+
+def _check_path(agent: Agent, tool: Tool, arguments: dict[str, Any]) -> None:
+    """An agent that may write only some files is held to them; only `write_file` is (protocol 6.2)."""
+    if tool.name != WRITE or not agent.writable_paths:
+        return
+    path = str(arguments.get("path", "")).replace("\\", "/")
+    is_outside = path.startswith(("/", "~")) or re.match("[A-Za-z]:", path) or ".." in path.split("/")
+    if is_outside or not re.fullmatch(agent.writable_paths, posixpath.normpath(path)):
+        raise CallRefused(
+            "path_not_allowed",
+            f"Tool '{WRITE}' is not allowed for {_speaker(agent)} on '{path[:SHOWN_CHARS]}': only files inside the "
+            f"workspace that match {agent.writable_paths}. Switch to the Coder agent to change other files.",
+            path=("path",),
+            is_shown=True,
+        )

@@ -1,0 +1,63 @@
+"""Turns that somebody ends from outside: cancelled, superseded by a new message, deleted with their session."""
+
+import uuid
+
+from django.db import transaction
+from django.db.models.functions import Now
+
+from agents_app import approvals
+from agents_app.approvals import Verdict
+from events_app import log
+from events_app.chunks import TurnFinished
+from events_app.feed import feed
+from sessions_app import lifecycle
+from sessions_app.callers import Caller
+from sessions_app.models import Session, Turn, TurnMoved
+
+
+@transaction.atomic
+def delete(caller: Caller, session_id: str) -> None:
+    """Take the session out of everybody's sight; its turns are cancelled, its id stays taken, its facts stay."""
+    session = lifecycle.locked_for(caller, session_id)
+    for turn in session.turns.unfinished().order_by("position"):
+        _cancel(session, turn, caller)
+    Session.objects.filter(pk=session.pk).update(deleted_at=Now(), is_active=False)
+    log.record(lifecycle.fact(session, "session.deleted", deleted_by=caller.name))
+    transaction.on_commit(lambda: feed.close(session.pk))
+
+
+@transaction.atomic
+def cancel(caller: Caller, session_id: str) -> uuid.UUID | None:
+    """Cancel the session's open turn and return its id, None when there is none. Messages queued behind it go on.
+
+    A turn that is running ends a moment later by its runner's hand; after this it can end in no other way. Raises
+    TurnMoved when it was neither held nor free, which the session's lock should not allow.
+    """
+    session = lifecycle.locked_for(caller, session_id)
+    turn = session.turns.unfinished().order_by("position").first()
+    if turn is None:
+        return None
+    _cancel(session, turn, caller)
+    log.record(lifecycle.fact(session, "session.updated", turn_id=turn.pk, cancelled_by=caller.name))
+    return turn.pk
+
+
+def supersede(session: Session, turn: Turn, by: Caller) -> None:
+    """End a turn that waits, because the user goes on without it; the caller holds the session's lock."""
+    _end(session, turn, Verdict.SUPERSEDED, by)
+
+
+def _cancel(session: Session, turn: Turn, by: Caller) -> None:
+    if turn.request_cancel():
+        transaction.on_commit(lambda: feed.poke(session.pk))
+    else:
+        _end(session, turn, Verdict.CANCELLED, by)
+
+
+def _end(session: Session, turn: Turn, verdict: Verdict, by: Caller) -> None:
+    approvals.close_calls(session, turn, verdict, by)
+    if not turn.end_unheld(Turn.Status.CANCELLED, verdict):
+        raise TurnMoved("The turn moved on while it was being ended.")
+    chunk = TurnFinished(str(turn.pk), Turn.Status.CANCELLED, verdict, turn.usage)
+    lifecycle.emit(session, chunk, origin=str(turn.pk))
+    transaction.on_commit(feed.wake_runner)

@@ -1,0 +1,93 @@
+"""uvicorn's WebSocket protocol, where it would wait for ever, keep what nobody reads or log what any client sends."""
+
+from typing import Any
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+# A message of MAX_BODY_BYTES in pieces of 2 KiB; each piece costs memory, even an empty one.
+MAX_FRAGMENTS = 1024
+LAST_SECONDS = 5.0
+INVALID_DATA, TOO_BIG = 1007, 1009
+BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class BoundedSocketProtocol(WebSocketsSansIOProtocol):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Two origins are refused by the handshake, like a foreign one.
+        self.conn.process_origin = lambda headers: None  # type: ignore[method-assign]
+
+    # --- the handshake ---
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.transport.is_closing():
+            # A head that HTTP allows and a handshake does not, because of its body or a line of 9 KiB.
+            self.transport.write(b"".join(self.conn.data_to_send()) or BAD_REQUEST)
+            self.transport.close()
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        # uvicorn would log an error for each handshake that was answered by a refusal.
+        if message["type"] == "websocket.http.response.body":
+            self.handshake_complete = True
+
+    # --- what comes in ---
+
+    def handle_cont(self, event: Any) -> None:
+        if self.close_sent:
+            return
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self._fail(TOO_BIG)
+        else:
+            super().handle_cont(event)
+
+    def send_receive_event_to_app(self) -> None:
+        # uvicorn would log a traceback.
+        if self.curr_msg_data_type == "text" and not _is_utf_8(b"".join(self.frames)):
+            self._fail(INVALID_DATA)
+        else:
+            super().send_receive_event_to_app()
+
+    def _fail(self, code: int) -> None:
+        self.frames = []
+        self.conn.send_close(code)
+        self.handle_parser_exception()
+
+    # --- a client that does not read ---
+
+    def pause_writing(self) -> None:
+        """Whoever takes nothing is not listened to: each of its pings would be one more answer to keep."""
+        super().pause_writing()
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    async def receive(self) -> Any:
+        event = await super().receive()
+        if not self.writable.is_set() and not self.transport.is_closing():
+            self.transport.pause_reading()
+        return event
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self._abort_soon()
+
+    async def run_asgi(self) -> None:
+        await super().run_asgi()
+        self._abort_soon()
+
+    def _abort_soon(self) -> None:
+        """A closed connection waits for ever for its reader to take the rest."""
+        self.loop.call_later(LAST_SECONDS, self.transport.abort)
+
+
+def _is_utf_8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

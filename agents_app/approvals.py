@@ -206,7 +206,7 @@ def executed(session: Session, call: ToolCall, **details: Any) -> Event:
     named = {"tool_name": call.tool_name, "call_id": call.pk, **details}
     if call.outcome == Outcome.OK:
         return lifecycle.fact(session, "tool.execution.completed", turn_id=call.turn_id, **named)
-    failure = {"error_message": call.answer[:ERROR_CHARS], "error_type": call.outcome, **named}
+    failure = {"error_message": call.answer.removeprefix("Error: ")[:ERROR_CHARS], "error_type": call.outcome, **named}
     return lifecycle.fact(session, "tool.execution.failed", turn_id=call.turn_id, **failure)
 
 

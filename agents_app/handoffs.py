@@ -4,6 +4,7 @@ import uuid
 from dataclasses import replace
 from typing import Any
 
+from django.conf import settings
 from django.db import transaction
 from django.db.models import F
 
@@ -16,6 +17,7 @@ from sessions_app.callers import Caller
 from sessions_app.models import Session, ToolCall, Turn
 
 MAX_SWITCHES = 50
+TOO_MANY = "The agents passed the message on too many times."
 MAX_REASON_CHARS = 2_000
 
 
@@ -39,15 +41,22 @@ def ensure_known(name: str) -> None:
 
 
 def hand_over(
-    session: Session, to: str, *, reason: str, confidence: str | None, by: str, turn_id: uuid.UUID | None = None
+    session: Session, to: str, *, reason: str, confidence: str | None, by: str, turn: Turn | None = None
 ) -> AgentSwitched:
-    """Record a handoff in the transaction that holds the session's lock; the chunk that says so."""
+    """Record a handoff, of a turn or by hand, in the transaction that holds the session's lock; the chunk that says so."""
+    turn_id = turn.pk if turn else None
     handoff = session.hand_over(to, reason=reason, confidence=confidence, turn_id=turn_id)
-    if turn_id is not None:
-        Turn.objects.filter(pk=turn_id).update(handoff_count=F("handoff_count") + 1)
+    if turn is not None:
+        Turn.objects.filter(pk=turn.pk).update(handoff_count=F("handoff_count") + 1)
+        turn.handoff_count += 1
     details = {"from_agent": handoff.from_agent, "to_agent": to, "reason": reason, "confidence": confidence}
     log.record(lifecycle.fact(session, "agent.switched", turn_id=turn_id, switched_by=by, **details))
     return AgentSwitched(handoff.from_agent, to, reason, confidence)
+
+
+def is_at_limit(turn: Turn) -> bool:
+    """Whether the turn has had all the handoffs that a turn may have."""
+    return turn.handoff_count >= settings.TURN_MAX_HANDOFFS
 
 
 def switch_mode(
@@ -64,8 +73,10 @@ def switch_mode(
         return f"Error: {unknown.detail}", ToolCall.Outcome.ERROR, []
     if to == session.current_agent:
         return f"The {to} agent is active already", ToolCall.Outcome.OK, []
+    if is_at_limit(turn):
+        return f"Error: {TOO_MANY}", ToolCall.Outcome.ERROR, []
     reason = (arguments.get("reason") or f"{by} asked for {to}")[:MAX_REASON_CHARS]
-    chunk = hand_over(session, to, reason=reason, confidence="medium", by=by, turn_id=turn.pk)
+    chunk = hand_over(session, to, reason=reason, confidence="medium", by=by, turn=turn)
     return f"Switched to {to} agent", ToolCall.Outcome.OK, [chunk]
 
 

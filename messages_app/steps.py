@@ -29,7 +29,7 @@ PENDING_PER_SESSION = 20
 
 class TooManyHandoffs(ModelError):
     def __init__(self) -> None:
-        super().__init__("too_many_handoffs", "The agents passed the message on too many times.")
+        super().__init__("too_many_handoffs", handoffs.TOO_MANY)
 
 
 class TooManyRounds(ModelError):
@@ -75,12 +75,10 @@ def obey(step: Step) -> None:
 def look(claim: Claim) -> Scene:
     """Who is to act, and what the model is to read. Reads only.
 
-    Raises LostClaim, CancelRequested, TooManyHandoffs, TooManyRounds, ModelError when the conversation does not fit
+    Raises LostClaim, CancelRequested, TooManyRounds, ModelError when the conversation does not fit
     the model.
     """
     turn = Turn.ensure_running(claim)
-    if turn.handoff_count > settings.TURN_MAX_HANDOFFS:
-        raise TooManyHandoffs
     if turn.round_count >= settings.TURN_MAX_ROUNDS:
         raise TooManyRounds
     agent = Agent.objects.get(pk=turn.session.current_agent)
@@ -96,7 +94,10 @@ def look(claim: Claim) -> Scene:
 
 
 def route(step: Step, chosen: Route, scene: Scene, spent: Spent | None) -> None:
-    """The orchestrator hands the session to a specialist, unless somebody switched it away in the meantime."""
+    """The orchestrator hands the session to a specialist, unless somebody switched it away in the meantime.
+
+    Raises TooManyHandoffs.
+    """
     _book(step, spent)
     if step.session.current_agent == scene.agent:
         _hand_over(step, chosen, by=scene.agent)
@@ -112,7 +113,7 @@ def complete(step: Step, text: str, agent: str, spent: Spent | None) -> None:
 def act(step: Step, finished: FinishedStep, scene: Scene, spent: Spent | None, ran_ms: int) -> None:
     """The answer asks for tools: each call is stored, and released, held, executed or refused on its own.
 
-    With a call open the turn waits; with none, the model is asked again.
+    With a call open the turn waits; with none, the model is asked again. Raises TooManyHandoffs.
     """
     _book(step, spent)
     step.change(round_count=step.turn.round_count + 1, ran_ms=ran_ms)
@@ -147,10 +148,10 @@ def cancel(step: Step, said: str, agent: str, spent: Spent | None) -> None:
 
 
 def _hand_over(step: Step, to: Route, *, by: str) -> None:
+    if handoffs.is_at_limit(step.turn):
+        raise TooManyHandoffs
     step.say(
-        handoffs.hand_over(
-            step.session, to.agent, reason=to.reason, confidence=to.confidence, by=by, turn_id=step.turn.pk
-        )
+        handoffs.hand_over(step.session, to.agent, reason=to.reason, confidence=to.confidence, by=by, turn=step.turn)
     )
 
 
@@ -187,13 +188,11 @@ def _judged(
     named = {"tool_name": call.tool_name, "call_id": call.pk}
     step.record("tool.execution.requested", agent=call.agent, **named)
     try:
+        arguments = _read(call, wanted)
         tool = toolbox.tool_named(wanted.name)
-        try:
-            arguments = tools.read_arguments(wanted)
-        except CallRefused:
-            call.unusable_arguments = wanted.arguments
-            raise
-        call.arguments_text, call.tool_version = canonical(arguments), tool.version
+        if isinstance(arguments, CallRefused):
+            raise arguments
+        call.tool_version = tool.version
         call.args_hash = args_hash(step.session.pk, call.pk, tool.name, tool.version, call.arguments_text)
         ruling = toolbox.judge(tool, arguments)
         if ruling.outcome == Outcome.ASK and waiting >= PENDING_PER_SESSION:
@@ -208,6 +207,17 @@ def _judged(
     else:
         _let_go(step, call, tool, arguments, ruling, is_late=is_late)
     return call
+
+
+def _read(call: ToolCall, wanted: CallWanted) -> dict[str, Any] | CallRefused:
+    """Store the arguments as they came, usable or not: also a call that may not be made stays what it was."""
+    try:
+        arguments = tools.read_arguments(wanted)
+    except CallRefused as refused:
+        call.unusable_arguments = wanted.arguments
+        return refused
+    call.arguments_text = canonical(arguments)
+    return arguments
 
 
 def _let_go(
@@ -228,6 +238,8 @@ def _let_go(
     else:
         step.record("tool.execution.started", **named)
         if on_the_server:
+            if handoffs.is_at_limit(step.turn):
+                raise TooManyHandoffs
             text, outcome, chunks = handoffs.switch_mode(step.session, step.turn, arguments, by=call.agent)
             for chunk in chunks:
                 step.say(chunk)

@@ -195,15 +195,15 @@ def close_calls(session: Session, turn: Turn, verdict: Verdict, by: Caller) -> N
             call.answer_with(*closing(call.tool_name, verdict))
 
 
-def answer(session: Session, call: ToolCall, text: str, outcome: Outcome, **details: Any) -> None:
+def answer(session: Session, call: ToolCall, text: str, outcome: Outcome) -> None:
     """Give a call the result that was reported for it, and record how it went."""
     call.answer_with(text, outcome)
-    log.record(executed(session, call, **details))
+    log.record(executed(session, call))
 
 
-def executed(session: Session, call: ToolCall, **details: Any) -> Event:
+def executed(session: Session, call: ToolCall) -> Event:
     """The fact that a call ended with a result or an error."""
-    named = {"tool_name": call.tool_name, "call_id": call.pk, **details}
+    named = {"tool_name": call.tool_name, "call_id": call.pk}
     if call.outcome == Outcome.OK:
         return lifecycle.fact(session, "tool.execution.completed", turn_id=call.turn_id, **named)
     failure = {"error_message": call.answer.removeprefix("Error: ")[:ERROR_CHARS], "error_type": call.outcome, **named}
@@ -222,7 +222,7 @@ def recording_refusals(by: Caller, call: ToolCall) -> Iterator[None]:
                 "approval.decide",
                 session_id=call.session_id,
                 target=call.pk,
-                reason=str(refusal.detail),
+                reason=refusal.message,
                 refused=True,
                 code=refusal.code,
             )

@@ -84,8 +84,8 @@ def read_arguments(wanted: CallWanted) -> dict[str, Any]:
     try:
         arguments = read_json(wanted.arguments.encode(), "application/json")
     except APIError as error:
-        why = error.detail if isinstance(error.detail, str) else error.detail[0]["msg"]
-        raise CallRefused("invalid_arguments", f"The arguments cannot be used: {_of_arguments(why)}") from None
+        why = _of_arguments(error.message)
+        raise CallRefused("invalid_arguments", f"The arguments cannot be used: {why}") from None
     if not isinstance(arguments, dict):
         raise CallRefused("invalid_arguments", "The arguments have to be a JSON object.")
     return arguments

@@ -13,6 +13,7 @@ from django.db.models.functions import Now
 
 from agents_app import approvals, handoffs
 from agents_app.approvals import (
+    MAX_FEEDBACK_CHARS,
     AlreadyDecided,
     Answer,
     ArgumentsChanged,
@@ -132,9 +133,9 @@ def tool_result(message: ToolResult, caller: Caller) -> Accepted:
             )
         if call.status == ToolCall.Status.WAITING:
             # Whoever executed it has decided on it: the IDE asks its own user and never sends a decision (protocol 5).
-            choice = (
-                Choice(Verdict.REJECT, feedback=message.error) if _is_rejection(message) else Choice(Verdict.APPROVE)
-            )
+            choice = Choice(Verdict.APPROVE)
+            if _is_rejection(message):
+                choice = Choice(Verdict.REJECT, feedback=(message.error or "")[:MAX_FEEDBACK_CHARS])
             approval = approvals.of_call(session, call.pk)
             approvals.decide(session, approval, choice, caller, result=_answer_to(call, message))
             return Accepted(session.pk, origin, after)
@@ -173,7 +174,7 @@ def _deciding(call: ToolCall, caller: Caller) -> Iterator[None]:
         with approvals.recording_refusals(caller, call), transaction.atomic():
             yield
     except (ArgumentsChanged, PolicyChanged, SelfApprovalForbidden) as refusal:
-        raise Refused(str(refusal.detail), refusal.code) from None
+        raise Refused(refusal.message, refusal.code) from None
 
 
 def _call(session_id: str, call_id: str, caller: Caller) -> ToolCall | None:

@@ -24,6 +24,11 @@ class APIError(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         self.more: dict[str, Any] = {}
 
+    @property
+    def message(self) -> str:
+        """The text for people, of the first field where there are several."""
+        return self.detail if isinstance(self.detail, str) else self.detail[0]["msg"]
+
 
 class BadRequest(APIError):
     pass

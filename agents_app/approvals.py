@@ -165,7 +165,8 @@ def decide(
     hash_after = _hash_of(call, edited_text) if edited_text else approval.args_hash
     settled = ApprovalRequest.objects.pending().filter(pk=approval.pk, args_hash=approval.args_hash)
     if not settled.update(status=STATUS[choice.verdict]):
-        raise AlreadyDecided(approval)
+        ensure_pending(ApprovalRequest.objects.get(pk=approval.pk))
+        raise ArgumentsChanged("The request has changed while it was being decided on.")
     made = Decision.objects.create(
         request=approval,
         verdict=choice.verdict,
@@ -231,6 +232,14 @@ def recording_refusals(by: Caller, call: ToolCall) -> Iterator[None]:
         raise
 
 
+def result_text(call: ToolCall, text: str, *, note: str = "") -> str:
+    """What the model reads of a result: of an edited call with what was really executed (protocol 5)."""
+    if not call.released_text:
+        return f"{text}\n\n{note}" if note else text
+    edited = {"status": "approved_with_edits", "tool_name": call.tool_name, "arguments": call.final_arguments}
+    return json.dumps({**edited, "result": text, **({"note": note} if note else {})}, ensure_ascii=False)
+
+
 def rejected_text(tool_name: str, feedback: str | None) -> str:
     """What the model reads of a rejection (protocol 5)."""
     return json.dumps(
@@ -247,7 +256,8 @@ def closing(tool_name: str, verdict: Verdict) -> Answer:
 def _ensure_may_decide(approval: ApprovalRequest, choice: Choice, by: Caller) -> None:
     call = approval.call
     current = _hash_of(call, call.arguments_text)
-    if current != approval.args_hash or call.arguments_text != approval.arguments_text:
+    shown = (approval.args_hash, approval.arguments_text, approval.tool_name)
+    if shown != (current, call.arguments_text, call.tool_name):
         raise ArgumentsTampered("The stored arguments are not those that were asked for.")
     if choice.args_hash is not None and choice.args_hash != current:
         raise ArgumentsChanged("These are not the arguments that wait.")
@@ -257,13 +267,23 @@ def _ensure_may_decide(approval: ApprovalRequest, choice: Choice, by: Caller) ->
         return
     arguments = choice.arguments if choice.arguments is not None else call.arguments
     try:
-        toolbox = Toolbox.of(Agent.objects.get(pk=call.agent))
-        tool = toolbox.tool_named(call.tool_name)
-        toolbox.judge(tool, arguments)
+        _judge_again(call, arguments)
     except CallRefused as refused:
         if choice.verdict == Verdict.EDIT:
             raise EditRefused(refused.message, "body", "modified_arguments", *refused.path, kind=refused.code) from None
         raise PolicyChanged(refused.message) from None
+
+
+def _judge_again(call: ToolCall, arguments: dict[str, Any]) -> None:
+    """What was true when the call was asked for may have changed. Raises CallRefused."""
+    agent = Agent.objects.filter(pk=call.agent).first()
+    if agent is None:
+        raise CallRefused("tool_not_allowed", "The agent that asked for this is gone.")
+    toolbox = Toolbox.of(agent)
+    tool = toolbox.tool_named(call.tool_name)
+    if tool.version != call.tool_version:
+        raise CallRefused("tool_changed", f"{tool.name} is not the tool any more that was asked for.")
+    toolbox.judge(tool, arguments)
 
 
 def _hash_of(call: ToolCall, text: str) -> str:
@@ -329,8 +349,11 @@ def _carry_out(session: Session, call: ToolCall, made: Decision, result: Answer 
     if result is not None:
         answer(session, call, *result)
     elif call.tool_name in ON_THE_SERVER:
-        text, outcome, chunks = handoffs.switch_mode(session, call.turn, call.final_arguments, by=call.agent)
-        answer(session, call, text, outcome)
+        try:
+            text, outcome, chunks = handoffs.switch_mode(session, call.turn, call.final_arguments, by=call.agent)
+        except handoffs.TooManyHandoffs as too_many:
+            text, outcome, chunks = f"Error: {too_many.message}", Outcome.ERROR, []
+        answer(session, call, result_text(call, text), outcome)
         return chunks
     return []
 

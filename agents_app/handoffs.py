@@ -8,6 +8,7 @@ from django.conf import settings
 from django.db import transaction
 from django.db.models import F
 
+from agents_app.llm import ModelError
 from agents_app.models import Agent
 from events_app import log
 from events_app.chunks import AgentSwitched, Chunk
@@ -17,7 +18,6 @@ from sessions_app.callers import Caller
 from sessions_app.models import Session, ToolCall, Turn
 
 MAX_SWITCHES = 50
-TOO_MANY = "The agents passed the message on too many times."
 MAX_REASON_CHARS = 2_000
 
 
@@ -27,6 +27,13 @@ class UnknownAgent(BadRequest):
 
 class AlreadyActive(BadRequest):
     code = "agent_already_active"
+
+
+class TooManyHandoffs(ModelError):
+    """The turn has had all the handoffs that a turn may have."""
+
+    def __init__(self) -> None:
+        super().__init__("too_many_handoffs", "The agents passed the message on too many times.")
 
 
 class TooManySwitches(BadRequest):
@@ -43,7 +50,12 @@ def ensure_known(name: str) -> None:
 def hand_over(
     session: Session, to: str, *, reason: str, confidence: str | None, by: str, turn: Turn | None = None
 ) -> AgentSwitched:
-    """Record a handoff, of a turn or by hand, in the transaction that holds the session's lock; the chunk that says so."""
+    """Record a handoff in the transaction that holds the session's lock; the chunk that says so.
+
+    Raises TooManyHandoffs when it is one too many for the turn that it is made in.
+    """
+    if turn is not None and turn.handoff_count >= settings.TURN_MAX_HANDOFFS:
+        raise TooManyHandoffs
     turn_id = turn.pk if turn else None
     handoff = session.hand_over(to, reason=reason, confidence=confidence, turn_id=turn_id)
     if turn is not None:
@@ -54,17 +66,12 @@ def hand_over(
     return AgentSwitched(handoff.from_agent, to, reason, confidence)
 
 
-def is_at_limit(turn: Turn) -> bool:
-    """Whether the turn has had all the handoffs that a turn may have."""
-    return turn.handoff_count >= settings.TURN_MAX_HANDOFFS
-
-
 def switch_mode(
     session: Session, turn: Turn, arguments: dict[str, Any], *, by: str
 ) -> tuple[str, ToolCall.Outcome, list[Chunk]]:
     """What an agent's own call to pass the session on does: the result that the model reads, and the chunk to be said.
 
-    The caller holds the session's lock.
+    The caller holds the session's lock. Raises TooManyHandoffs.
     """
     to = arguments["mode"]
     try:
@@ -73,8 +80,6 @@ def switch_mode(
         return f"Error: {unknown.detail}", ToolCall.Outcome.ERROR, []
     if to == session.current_agent:
         return f"The {to} agent is active already", ToolCall.Outcome.OK, []
-    if is_at_limit(turn):
-        return f"Error: {TOO_MANY}", ToolCall.Outcome.ERROR, []
     reason = (arguments.get("reason") or f"{by} asked for {to}")[:MAX_REASON_CHARS]
     chunk = hand_over(session, to, reason=reason, confidence="medium", by=by, turn=turn)
     return f"Switched to {to} agent", ToolCall.Outcome.OK, [chunk]

@@ -1,6 +1,5 @@
 """Who acts, with which tools, under which policy, signed off by whom."""
 
-import json
 from typing import Any, Self
 
 from django.conf import settings
@@ -9,7 +8,7 @@ from django.db.models import QuerySet
 from django.db.models.functions import Now
 
 from sessions_app.callers import Caller
-from sessions_app.models import Session, ToolCall
+from sessions_app.models import Session, ToolCall, stored_object
 
 
 class AgentQuerySet(QuerySet["Agent"]):
@@ -166,7 +165,7 @@ class ApprovalRequest(models.Model):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return dict(json.loads(self.arguments_text))
+        return stored_object(self.arguments_text)
 
 
 class Decision(models.Model):
@@ -196,4 +195,4 @@ class Decision(models.Model):
 
     @property
     def edited_arguments(self) -> dict[str, Any] | None:
-        return dict(json.loads(self.edited_text)) if self.edited_text else None
+        return stored_object(self.edited_text) if self.edited_text else None

@@ -79,6 +79,10 @@ def read_arguments(wanted: CallWanted) -> dict[str, Any]:
     """The arguments that the model wrote, or CallRefused: what cannot be parsed is never executed."""
     if wanted.is_cut:
         raise CallRefused("arguments_too_large", "The arguments are too large: 256 KiB is the most.")
+    if wanted.is_damaged:
+        raise CallRefused(
+            "invalid_arguments", "The arguments cannot be used: they have a NUL or half a character."
+        )
     if not wanted.arguments.strip():
         return {}
     try:

@@ -1,16 +1,25 @@
 """The only writers of events, audit entries and stream batches, and the reader of the stream log."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+from django.db import DatabaseError
 from django.db.models import Max
 from django.utils import timezone
 
 from events_app.frames import Frame
 from events_app.models import AuditEntry, Event, StreamBatch
+from orchestrator_site.errors import Unavailable
+
+logger = logging.getLogger(__name__)
 
 PAGE = 100
+
+
+class AuditUnavailable(Unavailable):
+    code = "audit_unavailable"
 
 
 def fact(event_type: str, *, account_id: int, session_id: str, turn_id: str = "", **data: Any) -> Event:
@@ -34,8 +43,11 @@ def record(*facts: Event) -> None:
 def audit(
     by: Any, action: str, *, session_id: str, target: str = "", reason: str = "", refused: bool = False, **details: Any
 ) -> None:
-    """Write down who did what, in the transaction in which it happens. `by`: a Caller."""
-    AuditEntry.objects.create(
+    """Write down who did what, in the transaction in which it happens. `by`: a Caller.
+
+    Raises AuditUnavailable, whatever the database's reason: what cannot be written down does not happen.
+    """
+    entry = AuditEntry(
         account_id=by.account_id,
         at=timezone.now(),
         actor=by.name,
@@ -49,6 +61,11 @@ def audit(
         reason=reason,
         details=details,
     )
+    try:
+        entry.save(force_insert=True)
+    except DatabaseError:
+        logger.exception("audit_unavailable", extra={"action": action, "session_id": session_id})
+        raise AuditUnavailable("This cannot be written down at the moment, so it is not done.") from None
 
 
 def append(session_id: str, frames: Sequence[Frame]) -> None:

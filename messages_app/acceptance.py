@@ -195,20 +195,15 @@ def _executed_otherwise(call: ToolCall, message: ToolResult) -> bool:
 
 
 def _answer_to(call: ToolCall, message: ToolResult) -> Answer:
-    """What the model reads of a result (protocol 4, last paragraph, and 5 for an edited call)."""
-    text = _text_of(message)
     outcome = Outcome.OK if message.error is None else Outcome.ERROR
     if _is_rejection(message) and call.status == ToolCall.Status.WAITING:
         outcome = Outcome.REJECTED
-    other = _executed_otherwise(call, message)
-    if not call.released_text:
-        return (f"{text}\n\n{OTHER_ARGUMENTS}" if other else text), outcome
-    edited = {"status": "approved_with_edits", "tool_name": call.tool_name, "arguments": call.final_arguments}
-    note = {"note": OTHER_ARGUMENTS} if other else {}
-    return json.dumps({**edited, "result": text, **note}, ensure_ascii=False), outcome
+    note = OTHER_ARGUMENTS if _executed_otherwise(call, message) else ""
+    return approvals.result_text(call, _text_of(message), note=note), outcome
 
 
 def _text_of(message: ToolResult) -> str:
+    """Protocol 4, last paragraph."""
     if message.error is not None:
         return f"Error: {message.error}"
     if message.result is None or message.result == "":

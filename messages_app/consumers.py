@@ -12,7 +12,7 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 from django.conf import settings
 
 from messages_app.inbound import Inbound, typed
-from messages_app.orchestration import Frames, MessageOrchestrationService
+from messages_app.orchestration import MessageOrchestrationService
 from orchestrator_site.errors import APIError, TooLarge
 from orchestrator_site.http import read_json
 from sessions_app.callers import Caller
@@ -78,6 +78,7 @@ class SessionConsumer(AsyncWebsocketConsumer):
         self._service = MessageOrchestrationService(caller)
         self._refusal_of = refusal_of
         self._waiting: asyncio.Queue[str] = asyncio.Queue(WAITING_MESSAGES)
+        self._accepting = asyncio.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
         async def send_or_leave(event: Any) -> None:
@@ -95,7 +96,7 @@ class SessionConsumer(AsyncWebsocketConsumer):
             async with asyncio.TaskGroup() as tasks:
                 self._worker = tasks.create_task(self._answer_all())
                 await super().__call__(scope, receive, send_or_leave)
-                self._worker.cancel()
+                await self._stop_answering()
         except* Gone:
             pass
 
@@ -103,7 +104,7 @@ class SessionConsumer(AsyncWebsocketConsumer):
         if self._worker.cancelling():
             return  # closed already; what was under way still comes in
         if text_data is None:
-            self._worker.cancel()
+            await self._stop_answering()
             # Daphne's library sends no code but 1000, and fails when it is asked to.
             takes_codes = "websocket.http.response" in self.scope.get("extensions", {})
             await self.close(UNSUPPORTED_DATA if takes_codes else None)
@@ -112,6 +113,11 @@ class SessionConsumer(AsyncWebsocketConsumer):
             self._waiting.put_nowait(text_data)
         except asyncio.QueueFull:
             await self.send(text_data=_error("Streaming error: too many messages at once"))
+
+    async def _stop_answering(self) -> None:
+        """Follow no further. What is about to be stored is stored first: who says something and leaves has said it."""
+        async with self._accepting:
+            self._worker.cancel()
 
     async def _answer_all(self) -> None:
         while True:
@@ -123,7 +129,9 @@ class SessionConsumer(AsyncWebsocketConsumer):
     async def _answer(self, text: str) -> AsyncGenerator[str, None]:
         """The messages that answer one message; it raises nothing."""
         try:
-            frames = await self._accepted(text)
+            async with self._accepting:
+                frames = self._service.receive(read(text, self._session_id))
+                await anext(frames)
         except Unreadable as problem:
             yield _error(str(problem))
             return
@@ -139,12 +147,6 @@ class SessionConsumer(AsyncWebsocketConsumer):
         except Exception as exception:
             self._refusal_of(exception)
             yield _error("Streaming error: the answer was interrupted")
-
-    async def _accepted(self, text: str) -> Frames:
-        """What follows on a message that is stored. Raises Unreadable, APIError, and whatever a database may raise."""
-        frames = self._service.receive(read(text, self._session_id))
-        await anext(frames)
-        return frames
 
 
 def read(text: str, session_id: str) -> Inbound:

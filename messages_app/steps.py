@@ -27,11 +27,6 @@ from sessions_app.models import Claim, Session, ToolCall, Turn
 PENDING_PER_SESSION = 20
 
 
-class TooManyHandoffs(ModelError):
-    def __init__(self) -> None:
-        super().__init__("too_many_handoffs", handoffs.TOO_MANY)
-
-
 class TooManyRounds(ModelError):
     def __init__(self) -> None:
         super().__init__("too_many_rounds", "The agent asked for tools again and again without coming to an end.")
@@ -148,8 +143,6 @@ def cancel(step: Step, said: str, agent: str, spent: Spent | None) -> None:
 
 
 def _hand_over(step: Step, to: Route, *, by: str) -> None:
-    if handoffs.is_at_limit(step.turn):
-        raise TooManyHandoffs
     step.say(
         handoffs.hand_over(step.session, to.agent, reason=to.reason, confidence=to.confidence, by=by, turn=step.turn)
     )
@@ -238,8 +231,6 @@ def _let_go(
     else:
         step.record("tool.execution.started", **named)
         if on_the_server:
-            if handoffs.is_at_limit(step.turn):
-                raise TooManyHandoffs
             text, outcome, chunks = handoffs.switch_mode(step.session, step.turn, arguments, by=call.agent)
             for chunk in chunks:
                 step.say(chunk)

@@ -6,7 +6,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 # A message of MAX_BODY_BYTES in pieces of 2 KiB; each piece costs memory, even an empty one.
 MAX_FRAGMENTS = 1024
-LAST_SECONDS = 5.0
+LAST_SECONDS = 2.0
 INVALID_DATA, TOO_BIG = 1007, 1009
 BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -56,21 +56,12 @@ class BoundedSocketProtocol(WebSocketsSansIOProtocol):
 
     # --- a client that does not read ---
 
-    def pause_writing(self) -> None:
-        """Whoever takes nothing is not listened to: each of its pings would be one more answer to keep."""
-        super().pause_writing()
-        self.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if not self.read_paused and not self.transport.is_closing():
-            self.transport.resume_reading()
-
-    async def receive(self) -> Any:
-        event = await super().receive()
-        if not self.writable.is_set() and not self.transport.is_closing():
-            self.transport.pause_reading()
-        return event
+    def handle_ping(self) -> None:
+        """Whoever takes nothing gets no pong: each would be kept for it."""
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()

@@ -51,6 +51,17 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
+def stored_object(text: str) -> dict[str, Any]:
+    """The object in a column of canonical JSON. One that somebody damaged is shown as what it is, so that whoever reads
+    others beside it still can; nothing of it is released, for its hash is another.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {"unreadable": text}
+
+
 def new_call_id() -> str:
     """An id of our own: providers repeat theirs or leave them out (protocol 2)."""
     return "call_" + "".join(secrets.choice(_LETTERS) for _ in range(22))
@@ -394,12 +405,12 @@ class ToolCall(models.Model):
     @property
     def arguments(self) -> dict[str, Any]:
         """As the model asked for them."""
-        return dict(json.loads(self.arguments_text))
+        return stored_object(self.arguments_text)
 
     @property
     def final_arguments(self) -> dict[str, Any]:
         """What may run: the edited arguments, else those that the model asked for."""
-        return dict(json.loads(self.released_text or self.arguments_text))
+        return stored_object(self.released_text or self.arguments_text)
 
     @property
     def is_open(self) -> bool:

@@ -336,7 +336,9 @@ async def test_arguments_beyond_256_kib_are_cut_and_the_other_calls_are_not(
     expected = arguments.replace("\0", "\ufffd")
     big, small = finished.tool_calls
     assert deltas == ["So:"]
-    assert big == CallWanted("big", "write_file", expected[:kept], is_cut=kept < len(expected))
+    assert big == CallWanted(
+        "big", "write_file", expected[:kept], is_cut=kept < len(expected), is_damaged="\0" in arguments
+    )
     assert small == CallWanted("small", "echo", "{}", is_cut=False)
 
 
@@ -494,7 +496,7 @@ async def test_nul_and_lone_surrogates_never_leave_the_client(llm: ScriptedLLM) 
         deltas, finished = await ask(model)
 
     assert finished.text == "".join(deltas) == "a\ufffdb 😀 \ufffd"
-    assert finished.tool_calls == [CallWanted("i\ufffd", "n", "\ufffd")]
+    assert finished.tool_calls == [CallWanted("i\ufffd", "n", "\ufffd", is_damaged=True)]
 
 
 # Faults

@@ -37,13 +37,15 @@ class TextDelta:
 class CallWanted:
     """A tool call as the model wrote it: the id may be missing or repeated, the arguments may be no JSON.
 
-    `is_cut` says that the arguments were longer than MAX_ARGUMENT_BYTES; such a call must never be carried out.
+    `is_cut` says that the arguments were longer than MAX_ARGUMENT_BYTES, `is_damaged` that they held what no text may,
+    and `clean` replaced it; such a call must never be carried out.
     """
 
     provider_id: str
     name: str
     arguments: str
     is_cut: bool = False
+    is_damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ MAX_CALLS = 128
 # What is kept of an id and of a name. No tool of ours has a longer name, and a database column holds as much.
 KEPT_CHARS = 200
 
+REPLACED = "\ufffd"  # what `clean` puts for what it takes away
+
 TEXTS = {
     "model_unreachable": "The model could not be reached.",
     "model_rate_limited": "The model is receiving too many requests. Try again in a moment.",
@@ -351,11 +353,13 @@ class Call:
 
     def wanted(self) -> CallWanted:
         """The whole call, cut where it is longer than what is kept."""
-        arguments = clean(self.arguments.getvalue())
+        raw = self.arguments.getvalue()
+        arguments = clean(raw)
+        is_damaged = arguments.count(REPLACED) > raw.count(REPLACED)
         # A character that the cut halves is left out.
         kept = arguments.encode()[:MAX_ARGUMENT_BYTES].decode(errors="ignore")
         provider_id, name = clean(self.id)[:KEPT_CHARS], clean(self.name)[:KEPT_CHARS]
-        return CallWanted(provider_id, name, kept, is_cut=len(kept) < len(arguments))
+        return CallWanted(provider_id, name, kept, is_cut=len(kept) < len(arguments), is_damaged=is_damaged)
 
 
 class EventSplitter:

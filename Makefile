@@ -9,7 +9,7 @@ run: $(VENV)/installed
 	@$(BIN)/python -m orchestrator_site.serve
 
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -18,6 +18,7 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/turns.py
+	$(BIN)/python benchmarks/decisions.py
 
 # What runs in production; what tests and lints it comes on top. Both are pinned with hashes.
 $(VENV)/installed: requirements.lock

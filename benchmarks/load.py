@@ -179,7 +179,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def report(turns: list[Turn], expected: int, streaming_at: int) -> dict[str, object]:
-    ages, steady, firsts, problems = [], [], [], []
+    ages, steady, firsts, lasts, problems = [], [], [], [], []
     lost = repeated = disordered = 0
     for turn in turns:
         tokens = turn.tokens()
@@ -190,6 +190,8 @@ def report(turns: list[Turn], expected: int, streaming_at: int) -> dict[str, obj
         ages += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens]
         steady += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens if sent_at > streaming_at]
         firsts += [(read_at - turn.asked_at) / 1e6 for _, _, read_at in tokens[:1]]
+        # By the monotonic clock, which all processes share: until the first of these moments all streamed.
+        lasts += [read_at for _, _, read_at in tokens[-1:]]
         if problem := turn.problem(expected):
             problems.append(problem)
     return {
@@ -204,6 +206,7 @@ def report(turns: list[Turn], expected: int, streaming_at: int) -> dict[str, obj
         "steady_tokens": len(steady),
         "steady_age_ms": {name: percentile(steady, share) for name, share in SHARES.items()},
         "first_token_ms": {name: percentile(firsts, share) for name, share in SHARES.items()},
+        "all_until": min(lasts, default=0),
         "megabytes": sum(len(piece) for turn in turns for _, piece in turn.pieces) / 1e6,
     }
 

@@ -4,6 +4,8 @@
 
 Prints its port, then serves until it is ended. It does far less per token than the server it feeds, so that what is
 measured is the server. A token is `<number>:<nanoseconds> `, by the monotonic clock, which all processes share.
+
+A user's message that names write_file is answered with a call of that tool, and the result of a call with a few words.
 """
 
 import argparse
@@ -16,9 +18,12 @@ import uvloop
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 ROUTED = json.dumps({"agent": "coder", "confidence": "high", "reasoning": "bench"})
+WRITE = "write_file"
+WRITTEN = json.dumps({"path": "src/notes.py", "content": "# A line of a file that somebody has to sign off.\n" * 20})
+CALL = {"index": 0, "id": "call_bench", "type": "function", "function": {"name": WRITE, "arguments": WRITTEN}}
 
 
-def event(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> bytes:
+def event(delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     # As long as what real providers send around a token.
     body = {"id": "chatcmpl-bench", "object": "chat.completion.chunk", "created": 0, "model": "bench", **more}
@@ -32,9 +37,9 @@ def as_chunk(payload: bytes) -> bytes:
 BEFORE_TOKEN, AFTER_TOKEN = event({"content": "TOKEN"}).split(b"TOKEN")
 
 
-def ending(tokens: int) -> bytes:
+def ending(tokens: int, finish_reason: str = "stop") -> bytes:
     usage = {"prompt_tokens": 100, "completion_tokens": tokens, "total_tokens": 100 + tokens}
-    payload = event({}, "stop", usage=usage) + b"data: [DONE]\n\n"
+    payload = event({}, finish_reason, usage=usage) + b"data: [DONE]\n\n"
     return as_chunk(payload) + b"0\r\n\r\n"
 
 
@@ -67,6 +72,13 @@ class Connection(asyncio.Protocol):
     def answer(self, request: dict[str, Any]) -> None:
         if str(request["messages"][0]["content"]).startswith("Classify"):
             self.transport.write(HEAD + as_chunk(event({"content": ROUTED})) + ending(1))
+            return
+        last = request["messages"][-1]
+        if last["role"] == "user" and WRITE in last["content"]:
+            self.transport.write(HEAD + as_chunk(event({"tool_calls": [CALL]})) + ending(1, "tool_calls"))
+            return
+        if last["role"] == "tool":
+            self.transport.write(HEAD + as_chunk(event({"content": "Understood."})) + ending(1))
             return
         self.transport.write(HEAD + as_chunk(event({"role": "assistant", "content": ""})))
         self.began, self.sent = self.loop.time(), 0

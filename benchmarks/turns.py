@@ -142,6 +142,12 @@ def line_of(process: "subprocess.Popen[str]") -> str:
     return line
 
 
+def begin(load: "subprocess.Popen[str]") -> None:
+    assert load.stdin is not None
+    load.stdin.write("\n")
+    load.stdin.flush()
+
+
 # --- Turns -------------------------------------------------------------------------------------------------------
 
 
@@ -176,17 +182,19 @@ class Bench:
     def held(self) -> Held:
         return held(self.server.pid, self.database)
 
-    def turns(self, count: int, tokens: int, *, routed: bool) -> Run:
+    def load(self, count: int, tokens: int, *, routed: bool) -> "subprocess.Popen[str]":
+        """The clients of so many turns, which they ask for when they are told to `begin`."""
         arguments = ["--port", str(self.port), "--turns", str(count), "--tokens", str(tokens)]
         command = [str(HERE / "load.py"), *arguments, *(["--routed"] if routed else [])]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with ended_after(python(*command, env=self.env, core=LOAD_CORE, **pipes)) as load:
+        return python(*command, env=self.env, core=LOAD_CORE, **pipes)
+
+    def turns(self, count: int, tokens: int, *, routed: bool) -> Run:
+        with ended_after(self.load(count, tokens, routed=routed)) as load:
             line_of(load)  # its sessions exist
             idle = self.held()
             server_cpu, mock_cpu = cpu_seconds(self.server.pid), cpu_seconds(self.mock.pid)
-            assert load.stdin is not None
-            load.stdin.write("\n")
-            load.stdin.flush()
+            begin(load)
             line_of(load)  # every stream has its first token
             steady_cpu = cpu_seconds(self.server.pid)
             streaming, peak = self._while_streaming(tokens)

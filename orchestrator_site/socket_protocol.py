@@ -12,6 +12,8 @@ BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: clo
 
 
 class BoundedSocketProtocol(WebSocketsSansIOProtocol):
+    """Answers every handshake, bounds what a client can make it keep, and lets go of those that do not read."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Two origins are refused by the handshake, like a foreign one.
@@ -44,7 +46,7 @@ class BoundedSocketProtocol(WebSocketsSansIOProtocol):
 
     def send_receive_event_to_app(self) -> None:
         # uvicorn would log a traceback.
-        if self.curr_msg_data_type == "text" and not _is_utf_8(b"".join(self.frames)):
+        if not self.close_sent and self.curr_msg_data_type == "text" and not _is_utf_8(b"".join(self.frames)):
             self._fail(INVALID_DATA)
         else:
             super().send_receive_event_to_app()

@@ -13,13 +13,15 @@ from django.utils.datastructures import CaseInsensitiveMapping
 from events_app.stream import Place
 from messages_app.consumers import SessionConsumer
 from orchestrator_site import logs
-from orchestrator_site.errors import APIError, NotFound
+from orchestrator_site.errors import APIError, BadRequest, NotFound
 from orchestrator_site.guard import Receive, Send
 from orchestrator_site.http import SESSION_ID
 from orchestrator_site.middleware import InvalidHost, as_api_error
 from sessions_app.callers import FIRST_ACCOUNT, Caller, caller_of, shown_key
 
 PATH = re.compile(rf"(?:/api/v1)?/ws/({SESSION_ID})")
+# Where a socket would be, had its id been one.
+IN_VAIN = re.compile("(?:/api/v1)?/ws/")
 ORIGIN = re.compile(r"https?://([^/?#@]+)")
 # Each is a sign of a proxy, behind which every client seems to be on this machine.
 PROXIED = re.compile(r"x-forwarded-.*|forwarded|x-real-ip|via")
@@ -41,7 +43,9 @@ async def sockets(scope: MutableMapping[str, Any], receive: Receive, send: Send)
     caller = _caller(headers, scope["client"][0] if scope.get("client") else "", request_id)
     path = PATH.fullmatch(scope["path"])
     if path is None:
-        raise NotFound("Not Found")
+        if IN_VAIN.match(scope["path"]):
+            raise NotFound("Not Found")
+        raise BadRequest("This path takes no WebSocket.")
     with Place():
         await SessionConsumer(path[1], caller, as_api_error)(scope, receive, send)
 

@@ -1,17 +1,35 @@
 """Rows with plain defaults, made the way the product makes them."""
 
+import json
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 from django.db.models.functions import Now
 
-from messages_app import acceptance, claims
+from agents_app.llm import CallWanted, FinishedStep
+from agents_app.models import ApprovalRule
+from messages_app import acceptance, claims, steps
 from messages_app.inbound import UserMessage
 from messages_app.models import Message
+from messages_app.steps import Spent
+from messages_app.turn_stream import TurnStream
 from sessions_app import lifecycle
 from sessions_app.callers import FIRST_ACCOUNT, Caller
-from sessions_app.models import Claim, Session, Turn
+from sessions_app.models import Claim, Session, ToolCall, Turn
 
 CALLER = Caller(FIRST_ACCOUNT, "tests")
+OPERATOR = Caller(FIRST_ACCOUNT, "olga", channel="admin", is_operator=True)
+# What fits the schema of each tool that is there from the beginning.
+FITTING: dict[str, dict[str, Any]] = {
+    "read_file": {"path": "a.md"},
+    "write_file": {"path": "a.md", "content": "hello"},
+    "list_files": {"path": "."},
+    "create_directory": {"path": "docs"},
+    "execute_command": {"command": "ls"},
+    "search_in_code": {"query": "x"},
+    "switch_mode": {"mode": "debug"},
+}
 
 
 def make_session(session_id: str = "s", *, agent: str = "coder") -> Session:
@@ -46,3 +64,56 @@ def claim(turn: Turn, owner: str = "runner") -> Claim:
 
 def let_lease_run_out(turn: Turn) -> None:
     Turn.objects.filter(pk=turn.pk).update(lease_until=Now() - timedelta(seconds=1))
+
+
+def wanted(tool: str = "write_file", arguments: dict[str, Any] | str | None = None) -> CallWanted:
+    """A call as a model writes it; without arguments, with some that fit."""
+    if arguments is None:
+        arguments = FITTING[tool]
+    return CallWanted("", tool, arguments if isinstance(arguments, str) else json.dumps(arguments))
+
+
+def run(turn: Turn) -> TurnStream:
+    """What a runner holds a claimed turn by."""
+    return TurnStream(claim(turn))
+
+
+def act(
+    stream: TurnStream, *calls: CallWanted, text: str = "", spent: Spent | None = None, ran_ms: int = 0
+) -> Turn.Status | None:
+    """Have a running turn store a model's answer that asks for tools; what becomes of the turn."""
+    scene, finished = steps.look(stream.claim), FinishedStep(text, list(calls))
+    return stream.write(partial(steps.act, finished=finished, scene=scene, spent=spent, ran_ms=ran_ms))[1]
+
+
+def complete(stream: TurnStream, text: str = "done", spent: Spent | None = None) -> None:
+    """Have a running turn end with an answer."""
+    stream.write(partial(steps.complete, text=text, agent=steps.look(stream.claim).agent, spent=spent))
+
+
+def fail(stream: TurnStream, code: str = "model_timeout", spent: Spent | None = None) -> None:
+    """Have a running turn end with an error."""
+    agent = steps.look(stream.claim).agent
+    stream.write(partial(steps.fail, code=code, message="Too slow.", agent=agent, spent=spent))
+
+
+def make_calls(session: Session, *calls: CallWanted, text: str = "") -> list[ToolCall]:
+    """A new turn whose model asks for these tools at once."""
+    turn = make_turn(session)
+    act(run(turn), *calls, text=text)
+    return list(turn.calls.select_related("turn").in_order())
+
+
+def make_waiting_call(
+    session: Session,
+    tool: str = "write_file",
+    arguments: dict[str, Any] | None = None,
+    *,
+    self_approval: bool = True,
+    agent: str = "coder",
+) -> ToolCall:
+    """A call of a turn that waits for a person to decide on it."""
+    Session.objects.filter(pk=session.pk).update(current_agent=agent)
+    if tool == "switch_mode" or not self_approval:
+        ApprovalRule.objects.create(position=0, tool=tool, outcome="ask", self_approval=self_approval)
+    return make_calls(session, wanted(tool, arguments))[0]

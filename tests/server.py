@@ -80,7 +80,8 @@ class Server:
             "PORT": str(self.port),
             "DATABASE_URL": f"sqlite:///{self.database}",
             "DEMO_WORD_DELAY": "0",
-            "TURN_LEASE_SECONDS": "2",
+            # Longer than a client's patience: a stream on which nothing happens fails its test instead of holding it.
+            "STREAM_HEARTBEAT_SECONDS": str(2 * TIMEOUT),
             "LLM_RETRY_DELAY": "0.01",
             **settings,
         }

@@ -270,7 +270,7 @@ def test_a_paused_runner_that_wakes_up_after_its_lease_writes_nothing(
     tmp_path: Path, migrated: Path, llm: ScriptedLLM, session_id: str
 ) -> None:
     gate = Gate()
-    with running(tmp_path, migrated, LLM_BASE_URL=llm.url) as paused:
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_LEASE_SECONDS="2") as paused:
         on_coder(paused, session_id)
         llm.script(hold("From the ", "sleeper.", gate=gate), say("From the other one."))
         with paused.streaming(user("go"), session_id) as answer:
@@ -333,7 +333,7 @@ def test_an_early_done_of_the_gateway_is_no_abort(server: Server, llm: ScriptedL
 
 def test_daphne_runs_turns_too(tmp_path: Path, migrated: Path, llm: ScriptedLLM, session_id: str) -> None:
     llm.script(say("Served by daphne."))
-    with running(tmp_path, migrated, server="daphne", LLM_BASE_URL=llm.url) as server:
+    with running(tmp_path, migrated, server="daphne", LLM_BASE_URL=llm.url, TURN_LEASE_SECONDS="2") as server:
         frames = server.say(session_id, "go")
 
         assert [frame.type for frame in frames if frame.event == "message"] == ["agent_switched", "assistant_message"]
@@ -343,7 +343,7 @@ def test_daphne_runs_turns_too(tmp_path: Path, migrated: Path, llm: ScriptedLLM,
 def test_a_model_that_is_down_opens_the_circuit_and_a_probe_closes_it_again(
     tmp_path: Path, migrated: Path, llm: ScriptedLLM, session_id: str
 ) -> None:
-    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, LLM_RETRIES="0") as server:
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, LLM_RETRIES="0", TURN_LEASE_SECONDS="2") as server:
         on_coder(server, session_id)
         llm.stop()
         codes = [server.say(session_id, f"anyone {number}?")[-2].data["code"] for number in range(6)]

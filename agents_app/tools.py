@@ -80,9 +80,7 @@ def read_arguments(wanted: CallWanted) -> dict[str, Any]:
     if wanted.is_cut:
         raise CallRefused("arguments_too_large", "The arguments are too large: 256 KiB is the most.")
     if wanted.is_damaged:
-        raise CallRefused(
-            "invalid_arguments", "The arguments cannot be used: they have a NUL or half a character."
-        )
+        raise CallRefused("invalid_arguments", "The arguments cannot be used: they have a NUL or half a character.")
     if not wanted.arguments.strip():
         return {}
     try:

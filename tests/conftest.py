@@ -16,7 +16,7 @@ def llm() -> Iterator[ScriptedLLM]:
 
 @pytest.fixture
 def server(tmp_path: Path, llm: ScriptedLLM, migrated: Path) -> Iterator[Server]:
-    """A real server process of this test's own, with the scripted model behind it; what it leaves is soon taken over."""
+    """A real server process of this test's own, with the scripted model behind it; its lease is short."""
     with running(tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_LEASE_SECONDS="2") as started:
         yield started
 

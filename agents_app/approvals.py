@@ -16,6 +16,7 @@ from django.utils import timezone
 from agents_app import handoffs
 from agents_app.binding import args_hash, canonical
 from agents_app.models import Agent, ApprovalRequest, Decision
+from agents_app.policy import Outcome as Ruled
 from agents_app.policy import Ruling
 from agents_app.tools import ON_THE_SERVER, CallRefused, Toolbox
 from events_app import log
@@ -57,7 +58,10 @@ class AlreadyDecided(Conflict):
     code = "already_decided"
 
     def __init__(self, request: ApprovalRequest) -> None:
-        made = Decision.objects.get(request=request)
+        made = Decision.objects.filter(request=request).first()
+        if made is None:  # a row that somebody damaged is no reason to fail
+            super().__init__("Already decided.")
+            return
         super().__init__(f"Already decided ({made.verdict}) by {made.decided_by} at {wire_time(made.decided_at)}.")
         self.more = {
             "decision": made.verdict,
@@ -262,19 +266,26 @@ def _ensure_may_decide(approval: ApprovalRequest, choice: Choice, by: Caller) ->
     if choice.args_hash is not None and choice.args_hash != current:
         raise ArgumentsChanged("These are not the arguments that wait.")
     if not approval.self_approval and not by.is_operator:
-        raise SelfApprovalForbidden("Somebody else has to decide on this call.")
+        raise _not_by_oneself()
     if choice.verdict == Verdict.REJECT:
         return
     arguments = choice.arguments if choice.arguments is not None else call.arguments
     try:
-        _judge_again(call, arguments)
+        ruling = _judge_again(call, arguments)
     except CallRefused as refused:
         if choice.verdict == Verdict.EDIT:
             raise EditRefused(refused.message, "body", "modified_arguments", *refused.path, kind=refused.code) from None
         raise PolicyChanged(refused.message) from None
+    # A rule that has become stricter holds for what waits already.
+    if ruling.outcome == Ruled.ASK and not ruling.self_approval and not by.is_operator:
+        raise _not_by_oneself()
 
 
-def _judge_again(call: ToolCall, arguments: dict[str, Any]) -> None:
+def _not_by_oneself() -> SelfApprovalForbidden:
+    return SelfApprovalForbidden("Somebody else has to decide on this call.")
+
+
+def _judge_again(call: ToolCall, arguments: dict[str, Any]) -> Ruling:
     """What was true when the call was asked for may have changed. Raises CallRefused."""
     agent = Agent.objects.filter(pk=call.agent).first()
     if agent is None:
@@ -283,7 +294,7 @@ def _judge_again(call: ToolCall, arguments: dict[str, Any]) -> None:
     tool = toolbox.tool_named(call.tool_name)
     if tool.version != call.tool_version:
         raise CallRefused("tool_changed", f"{tool.name} is not the tool any more that was asked for.")
-    toolbox.judge(tool, arguments)
+    return toolbox.judge(tool, arguments)
 
 
 def _hash_of(call: ToolCall, text: str) -> str:

@@ -1,6 +1,7 @@
 """Whether a tool call may be made at all: the agent's tools, the arguments' schema, the agent's paths, the rules."""
 
 import json
+import logging
 import posixpath
 import re
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ from orchestrator_site.errors import APIError
 from orchestrator_site.http import read_json
 
 if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
     from jsonschema.protocols import Validator
+
+logger = logging.getLogger(__name__)
 
 WRITE = "write_file"
 EXECUTE = "execute_command"
@@ -111,14 +115,29 @@ def _speaker(agent: Agent) -> str:
 
 
 def _check_schema(tool: Tool, arguments: dict[str, Any]) -> None:
-    from jsonschema.exceptions import best_match
+    from jsonschema.exceptions import SchemaError, best_match
+    from referencing.exceptions import Unresolvable
 
-    error = best_match(_validator(json.dumps(tool.parameters)).iter_errors(arguments))
+    try:
+        error = best_match(_validator(json.dumps(tool.parameters)).iter_errors(arguments))
+    except (SchemaError, Unresolvable, RecursionError, re.error):
+        logger.exception("tool_schema_broken", extra={"tool": tool.name})
+        raise CallRefused("tool_broken", f"The schema of {tool.name} cannot be used.") from None
     if error is not None:
         where = tuple(error.absolute_path)
         at = f" at {'.'.join(map(str, where))}" if where else ""
-        message = error.message if len(error.message) <= SHOWN_CHARS else f"{error.message[:SHOWN_CHARS]}…"
-        raise CallRefused("invalid_arguments", f"The arguments do not fit {tool.name}{at}: {message}", path=where)
+        message = f"The arguments do not fit {tool.name}{at}: {_complaint(error)}"
+        raise CallRefused("invalid_arguments", message, path=where)
+
+
+def _complaint(error: "ValidationError") -> str:
+    """What is wrong, in JSON: the library's own texts show values as Python writes them."""
+    if error.validator == "required":
+        return str(error.message)
+    value, wanted = (json.dumps(each, ensure_ascii=False) for each in (error.instance, error.validator_value))
+    if error.validator == "type":
+        return f"{value[:SHOWN_CHARS]} is not of type '{error.validator_value}'"
+    return f"{value[:SHOWN_CHARS]} does not fit {error.validator} {wanted[:SHOWN_CHARS]}"
 
 
 @lru_cache(maxsize=256)
@@ -128,7 +147,9 @@ def _validator(schema: str) -> "Validator":
     from referencing import Registry
 
     # A registry of its own, because the default one fetches what a `$ref` names from anywhere.
-    return Draft202012Validator(json.loads(schema), registry=Registry())
+    loaded = json.loads(schema)
+    Draft202012Validator.check_schema(loaded)
+    return Draft202012Validator(loaded, registry=Registry())
 
 
 def _check_path(agent: Agent, tool: Tool, arguments: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from agents_app.approvals import (
     Answer,
     ArgumentsChanged,
     Choice,
+    EditRefused,
     Outcome,
     PolicyChanged,
     SelfApprovalForbidden,
@@ -175,6 +176,9 @@ def _deciding(call: ToolCall, caller: Caller) -> Iterator[None]:
             yield
     except (ArgumentsChanged, PolicyChanged, SelfApprovalForbidden) as refusal:
         raise Refused(refusal.message, refusal.code) from None
+    except EditRefused as refusal:
+        refusal.detail[0]["loc"].insert(1, "message")  # where the arguments stand in a message of the stream
+        raise
 
 
 def _call(session_id: str, call_id: str, caller: Caller) -> ToolCall | None:

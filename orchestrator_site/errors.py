@@ -75,6 +75,8 @@ class Invalid(APIError):
     status = status.HTTP_422_UNPROCESSABLE_ENTITY
     code = "invalid"
 
+    detail: list[dict[str, Any]]
+
     def __init__(self, message: str, *field: str | int, kind: str = "value_error") -> None:
         super().__init__([{"type": kind, "loc": list(field), "msg": message, "input": None}])
 

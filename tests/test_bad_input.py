@@ -19,10 +19,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.scripted_llm import Gate, Say, ScriptedLLM, hold, say
+from agents_app.binding import args_hash
+from tests.scripted_llm import Gate, Say, ScriptedLLM, call, hold, say
 from tests.server import KEY, Server, eventually, running
 
-KNOWN, DELETED, FOREIGN = "known", "deleted", "foreign"
+KNOWN, DELETED, FOREIGN, HOLDING = "known", "deleted", "foreign", "holding"
+HELD = "call_WaitsForAPerson1234567"
 PREFIXES = ("", "/api/v1")
 STREAMS_AT_ONCE = 50
 JSON_TYPE = {"Content-Type": "application/json"}
@@ -38,6 +40,10 @@ READS = [
     f"/sessions/{KNOWN}/history",
     "/agents",
     f"/agents/{KNOWN}/current",
+    f"/sessions/{HOLDING}/pending-approvals",
+    f"/sessions/{HOLDING}/open-calls",
+    "/approvals",
+    f"/approvals/{HELD}",
     "/events/metrics",
     "/events/stats",
     f"/events/metrics/session/{KNOWN}",
@@ -50,6 +56,7 @@ WRITES: list[tuple[str, str, Any]] = [
     ("PATCH", f"/sessions/{KNOWN}", {"title": "from a refused request"}),
     ("POST", f"/sessions/{KNOWN}/cancel", {}),
     ("POST", f"/agents/{KNOWN}/switch", SWITCH),
+    ("POST", f"/approvals/{HELD}/decision", {"decision": "approve"}),
     ("POST", STREAM, TALK),
 ]
 OTHERS = [("DELETE", f"/sessions/{KNOWN}", None), ("GET", f"/sessions/{KNOWN}/stream", None)]
@@ -61,6 +68,7 @@ METHODS = {
     f"/sessions/{KNOWN}/cancel": {"POST"},
     f"/sessions/{KNOWN}/stream": {"GET"},
     f"/agents/{KNOWN}/switch": {"POST"},
+    f"/approvals/{HELD}/decision": {"POST"},
     STREAM: {"POST"},
 }
 # What would tell a stranger how the server is made: tracebacks, SQL, modules, names of classes.
@@ -68,12 +76,16 @@ LEAK = re.compile(
     r"Traceback|File \\?\"|\.py\b|\b(SELECT|INSERT|UPDATE) |sqlite|django|rest_framework|uvicorn|daphne|0x[0-9a-f]{6}"
     r"|\b(?!WebSocket\b)[A-Z][a-z]+[A-Z][a-z]+|Exception|\bNone\b|NoneType|<class"
 )
-# Everything about the sessions that rows aim at, and how much there is of all that can be stored.
+# Everything about the sessions and the call that rows aim at, and how much there is of all that can be stored.
 STORED = """
-    SELECT *, (SELECT count(*) FROM sessions_app_session), (SELECT count(*) FROM sessions_app_turn),
+    SELECT session.*, call.*, approval.*,
+        (SELECT count(*) FROM sessions_app_session), (SELECT count(*) FROM sessions_app_turn),
         (SELECT count(*) FROM sessions_app_handoff), (SELECT count(*) FROM messages_app_message),
-        (SELECT count(*) FROM events_app_event)
-    FROM sessions_app_session WHERE id IN ('known', 'deleted', 'foreign') ORDER BY id
+        (SELECT count(*) FROM events_app_event), (SELECT count(*) FROM agents_app_decision)
+    FROM sessions_app_session session
+    LEFT JOIN sessions_app_toolcall call ON call.session_id = session.id
+    LEFT JOIN agents_app_approvalrequest approval ON approval.call_id = call.call_id
+    WHERE session.id IN ('known', 'deleted', 'foreign', 'holding') ORDER BY session.id
 """
 
 
@@ -91,18 +103,22 @@ def llm() -> Iterator[ScriptedLLM]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, llm: ScriptedLLM, migrated: Path) -> Iterator[Server]:
-    """One server for all rows, with a session that has talked, a deleted one and one of another account."""
+    """One server for all rows, with a session that has talked, one whose call waits for a person, a deleted one and one
+    of another account.
+    """
     limits = {"MAX_BODY_SECONDS": "2", "STREAMS_AT_ONCE": str(STREAMS_AT_ONCE)}
     with running(tmp_path_factory.mktemp("bad_input"), migrated, LLM_BASE_URL=llm.url, **limits) as started:
-        settle(started)
+        settle(started, llm)
         yield started
         # No input whatsoever was a surprise to the server.
         log = started.log.read_text()
         assert "Traceback" not in log, log
 
 
-def settle(server: Server) -> None:
+def settle(server: Server, llm: ScriptedLLM) -> None:
     server.say(KNOWN, "write the first line")
+    llm.script(call("write_file", {"path": "a.md", "content": "x"}))
+    server.say(HOLDING, "write it down", agent_type="coder")
     server.http.post("/sessions", json={"session_id": DELETED})
     assert server.http.delete(f"/sessions/{DELETED}").status_code == 204
     with closing(sqlite3.connect(server.database, timeout=10)) as database, database:
@@ -112,6 +128,17 @@ def settle(server: Server) -> None:
             " is_active, next_seq, pruned_seq) VALUES (?, 2, 'coder', 0, 0, 0, 1, 1, 0)",
             [FOREIGN],
         )
+        hold_as(HELD, database)
+
+
+def hold_as(call_id: str, database: sqlite3.Connection) -> None:
+    """Give the call that waits an id that tables can name."""
+    wanted = "SELECT call_id, session_id, tool_name, tool_version, arguments_text FROM sessions_app_toolcall"
+    was, *bound = database.execute(wanted).fetchone()
+    hash_of_it = args_hash(bound[0], call_id, *bound[1:])
+    for table in ("sessions_app_toolcall", "agents_app_approvalrequest"):
+        change = f"UPDATE {table} SET call_id = ?, args_hash = ? WHERE call_id = ?"  # noqa: S608
+        database.execute(change, [call_id, hash_of_it, was])
 
 
 def query(server: Server, sql: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -140,8 +167,8 @@ def assert_refused(answer: httpx.Response, *statuses: int) -> dict[str, Any]:
     assert answer.headers["content-type"] == "application/json"
     assert int(answer.headers["content-length"]) == len(answer.content)
     body: dict[str, Any] = answer.json()
-    old_key = {"error"} if body.get("code") == "no_metrics" else set()
-    assert set(body) == {"detail", "code", "request_id"} | old_key
+    more = {"no_metrics": {"error"}, "already_decided": {"decision", "decided_by", "decided_at"}}
+    assert set(body) == {"detail", "code", "request_id"} | more.get(body.get("code", ""), set())
     assert re.fullmatch("[a-z_]+", body["code"])
     assert body["request_id"] == answer.headers["x-request-id"]
     assert not LEAK.search(json.dumps(body)), body
@@ -336,6 +363,7 @@ def test_X25_an_upgrade_on_a_rest_path_is_refused(server: Server, untouched: Non
 
     assert answer.status_code == 400
     if key:
+        # With a key it is a handshake, for a socket that there is not.
         assert_refused(answer, 400)
 
 
@@ -481,8 +509,8 @@ def test_X40_S30_clients_that_vanish_give_back_their_streams_and_their_turns_fin
     gate.open()
     said = "SELECT count(*) FROM messages_app_message WHERE content = 'Half of it' AND role = 'assistant'"
     eventually(lambda: query(server, said) == [(STREAMS_AT_ONCE,)])
-    unfinished = "SELECT count(*) FROM sessions_app_turn WHERE status IN ('queued', 'running', 'waiting')"
-    eventually(lambda: query(server, unfinished) == [(0,)])
+    unfinished = "SELECT session_id FROM sessions_app_turn WHERE status IN ('queued', 'running', 'waiting')"
+    eventually(lambda: query(server, unfinished) == [(HOLDING,)])
 
 
 def open_stream(server: Server, session_id: str) -> socket.socket:
@@ -629,6 +657,8 @@ WITH_ID: list[tuple[str, str, Any]] = [
     ("GET", "/sessions/{}/history", None),
     ("POST", "/sessions/{}/cancel", {}),
     ("GET", "/sessions/{}/stream", None),
+    ("GET", "/sessions/{}/pending-approvals", None),
+    ("GET", "/sessions/{}/open-calls", None),
     ("GET", "/agents/{}/current", None),
     ("POST", "/agents/{}/switch", SWITCH),
     ("GET", "/events/metrics/session/{}", None),
@@ -711,26 +741,43 @@ LIMITS = {
     "Q20 3,000 parameters": ("&".join(["a=1"] * 3000), 422),
     "Q21 invalid UTF-8": ("limit=%ff%fe", 422),
 }
-SESSIONS_ONLY = {
+OFFSETS = {
     "Q13 offset=-1": ("offset=-1", 400),
     "Q14 offset=-2^63-1": ("offset=" + str(-(2**63) - 1), 400),
     "Q15 offset=abc": ("offset=abc", 422),
     "Q16 offset=2^63": ("offset=" + str(2**63), 422),
+    "Q18 repeated offset": ("offset=1&offset=1", 422),
+}
+SESSIONS_ONLY = {
     "Q17 active_only=maybe": ("active_only=maybe", 422),
     "Q17 active_only empty": ("active_only=", 422),
     "Q18 repeated boolean": ("active_only=true&active_only=false", 422),
     "Q19 boolean of 10,000 characters": ("active_only=" + "t" * 10_000, 422),
 }
-LOG_ONLY = {
+FILTERS = {
     "Q18 repeated filter": ("session_id=known&session_id=foreign", 422),
     "Q19 filter of 10,000 characters": ("session_id=" + "k" * 10_000, 422),
-    "Q10 filter with NUL": ("event_type=%00", 422),
+}
+LOG_ONLY = {"Q10 filter with NUL": ("event_type=%00", 422)}
+APPROVALS_ONLY = {
+    "unknown status": ("status=open", 422),
+    "status in upper case": ("status=PENDING", 422),
+    "status with a blank": ("status=pending%20", 422),
+    "Q10 status with NUL": ("status=pending%00", 422),
+    "Q18 repeated status": ("status=pending&status=pending", 422),
+    "Q19 status of 10,000 characters": ("status=" + "p" * 10_000, 422),
+    "Q21 invalid UTF-8 as a status": ("status=%ff%fe", 422),
+    "Q10 session with NUL": ("session_id=%00", 422),
+    "Q10 tool with NUL": ("tool=write_file%00", 422),
+    "Q18 repeated tool": ("tool=write_file&tool=read_file", 422),
+    "Q19 tool of 201 characters": ("tool=" + "t" * 201, 422),
 }
 BAD_QUERIES = [
     pytest.param(path, query, status, id=f"{name} {path}")
     for path, table in [
-        ("/sessions", {**LIMITS, **SESSIONS_ONLY}),
-        ("/events/audit-log", {**LIMITS, **LOG_ONLY}),
+        ("/sessions", {**LIMITS, **OFFSETS, **SESSIONS_ONLY}),
+        ("/events/audit-log", {**LIMITS, **FILTERS, **LOG_ONLY}),
+        ("/approvals", {**LIMITS, **OFFSETS, **FILTERS, **APPROVALS_ONLY}),
         (f"/sessions/{KNOWN}", {"Q17 include_messages=maybe": ("include_messages=maybe", 422)}),
         (f"/agents/{KNOWN}/current", {"Q17 include_history=2": ("include_history=2", 422)}),
     ]
@@ -754,6 +801,19 @@ GOOD_QUERIES = {
     "Q3 the largest limit": ("/sessions?limit=1000&offset=100000", ("limit", 1000)),
     "Q1 the smallest limit": ("/events/audit-log?limit=1&event_type=x", ("count", 0)),
     "unknown parameters": ("/sessions?colour=blue&limit=7", ("limit", 7)),
+    "the approvals of an unknown session": ("/approvals?session_id=nobody", ("approvals", [])),
+    "the approvals of another account's session": (f"/approvals?session_id={FOREIGN}", ("total", 0)),
+    "the approvals of a session in wrong case": (f"/approvals?session_id={HOLDING.upper()}", ("total", 0)),
+    "SQL as a session": ("/approvals?session_id='%20OR%201=1--", ("total", 0)),
+    "Q21 invalid UTF-8 as a session": ("/approvals?session_id=%ff", ("total", 0)),
+    "an unknown tool": ("/approvals?tool=write_fil", ("approvals", [])),
+    "a pattern as a tool": ("/approvals?tool=*", ("approvals", [])),
+    "a tool of 200 characters": ("/approvals?tool=" + "t" * 200, ("total", 0)),
+    "a status that nothing has": ("/approvals?status=rejected", ("total", 0)),
+    "Q16 the last offset of approvals": (f"/approvals?offset={2**63 - 1}", ("approvals", [])),
+    "Q16 an offset past the end still counts": ("/approvals?offset=7", ("total", 1)),
+    "Q3 the largest limit of approvals": (f"/approvals?limit=1000&session_id={HOLDING}", ("total", 1)),
+    "unknown parameters of approvals": ("/approvals?colour=blue&account=2&limit=7", ("limit", 7)),
 }
 
 
@@ -1350,7 +1410,7 @@ ON_DAPHNE: dict[str, tuple[bytes, int]] = {
 
 def test_daphne_refuses_the_same(tmp_path: Path, llm: ScriptedLLM, migrated: Path) -> None:
     with running(tmp_path, migrated, server="daphne", LLM_BASE_URL=llm.url) as daphne:
-        settle(daphne)
+        settle(daphne, llm)
         before = query(daphne, STORED), len(llm.requests)
 
         for name, (request_bytes, status) in ON_DAPHNE.items():

@@ -181,7 +181,7 @@ def decide(
         args_hash=hash_after,
         decided_at=timezone.now(),
     )
-    _write_down(session, approval, made, by)
+    _write_down(session, approval, made, by, implicit=result is not None)
     chunks = [_resolved(call, made), *_carry_out(session, call, made, result)]
     goes_on = choice.verdict in BY_A_PERSON and not call.is_open and call.turn.go_on()
     closes = choice.verdict in BY_A_PERSON and not goes_on
@@ -301,7 +301,8 @@ def _hash_of(call: ToolCall, text: str) -> str:
     return args_hash(call.session_id, call.pk, call.tool_name, call.tool_version, text)
 
 
-def _write_down(session: Session, approval: ApprovalRequest, made: Decision, by: Caller) -> None:
+def _write_down(session: Session, approval: ApprovalRequest, made: Decision, by: Caller, *, implicit: bool) -> None:
+    """The audit entry and the fact. `implicit`: told by a result, not by a decision."""
     call = approval.call
     log.audit(
         by,
@@ -313,6 +314,7 @@ def _write_down(session: Session, approval: ApprovalRequest, made: Decision, by:
         args_hash_before=approval.args_hash,
         args_hash_after=made.args_hash,
         modified_arguments=made.edited_arguments,
+        implicit=implicit,
     )
     log.record(
         lifecycle.fact(
@@ -326,6 +328,7 @@ def _write_down(session: Session, approval: ApprovalRequest, made: Decision, by:
             modified_args=made.edited_arguments,
             decided_by=by.name,
             feedback=made.feedback or None,
+            implicit=implicit,
         )
     )
 

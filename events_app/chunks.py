@@ -29,6 +29,7 @@ class ToolCalled:
     tool_name: str
     arguments: dict[str, Any]
     requires_approval: bool
+    args_hash: str
 
     def as_wire(self) -> dict[str, Any]:
         return {
@@ -37,6 +38,7 @@ class ToolCalled:
             "arguments": self.arguments,
             "requires_approval": self.requires_approval,
             "is_final": True,
+            "metadata": {"args_hash": self.args_hash},
         }
 
 

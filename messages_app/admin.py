@@ -21,7 +21,7 @@ from events_app.display import Shown, badge, box, clipped, duration, link, momen
 from messages_app.models import Message
 from orchestrator_site.http import SESSION_PATH
 from sessions_app.admin import status_badge
-from sessions_app.models import Handoff, Session, ToolCall, Turn
+from sessions_app.models import Handoff, Session, ToolCall, ToolCallQuerySet, Turn
 
 TURNS_PER_PAGE = 50
 # A turn's handoffs are bounded, switches between turns are not.
@@ -42,6 +42,7 @@ class Said:
     handoff: Handoff | None = None
     is_cut: bool = False
     edited: str = ""
+    decided: str = ""
     answer: str = ""
 
     @property
@@ -175,12 +176,12 @@ def _entries(turns: Any, switches: list[Handoff]) -> Iterator[Entry]:
         room -= len(message.content) if whole else 0
         text = visible(message.content) if whole else clipped(message.content, BEGINNING)
         said[message.turn_id].append(Said(text, message=message, is_cut=not whole))
-    for call in ToolCall.objects.filter(turn__in=list(said)).in_order():
+    for call in _calls_of(list(said)):
         parts = [call.unusable_arguments or call.arguments_text, call.released_text, call.answer]
         whole = sum(map(len, parts)) <= room
         room -= sum(map(len, parts)) if whole else 0
         text, edited, answer = (visible(part) if whole else clipped(part, BEGINNING) if part else "" for part in parts)
-        said[call.turn_id].append(Said(text, call=call, edited=edited, answer=answer))
+        said[call.turn_id].append(Said(text, call=call, edited=edited, answer=answer, decided=_decided(call)))
     for handoff in Handoff.objects.filter(turn__in=list(said)).order_by("id"):
         said[handoff.turn_id].append(Said(visible(handoff.reason), handoff=handoff))
     waiting = deque(switches)
@@ -189,6 +190,22 @@ def _entries(turns: Any, switches: list[Handoff]) -> Iterator[Entry]:
             yield _switch(waiting.popleft())
         yield Entry(turn, sorted(said[turn.pk], key=lambda each: each.order))
     yield from map(_switch, waiting)
+
+
+def _calls_of(turns: list[Any]) -> ToolCallQuerySet:
+    return ToolCall.objects.filter(turn__in=turns).select_related("approval__decision").in_order()
+
+
+def _decided(call: ToolCall) -> str:
+    """Why the call had to wait, and how that ended."""
+    if not call.requires_approval:
+        return ""
+    why = f"Needs approval: {visible(call.approval.reason)}" if call.approval.reason else "Needs approval"
+    made = getattr(call.approval, "decision", None)
+    if made is None:
+        return why
+    said = f": {clipped(made.feedback, BEGINNING)}" if made.feedback else ""
+    return f"{why}. {made.verdict.capitalize()} by {visible(made.decided_by)}, {moment(made.decided_at)} UTC{said}"
 
 
 def _switch(handoff: Handoff) -> Entry:

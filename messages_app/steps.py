@@ -239,7 +239,7 @@ def _let_go(
             return
         call.status, call.released_at = ToolCall.Status.RELEASED, Now()
         call.save(force_insert=True)
-    step.say(ToolCalled(call.pk, call.tool_name, arguments, call.requires_approval))
+    step.say(ToolCalled(call.pk, call.tool_name, arguments, call.requires_approval, call.args_hash))
 
 
 def _close(step: Step, call: ToolCall, answer: str, outcome: ToolCall.Outcome) -> None:

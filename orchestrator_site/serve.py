@@ -23,6 +23,7 @@ ENV_FILE = Path(__file__).resolve().parent.parent / ".env"
 
 def main() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orchestrator_site.settings")
+    os.umask(0o077)  # the database holds conversations: nobody else on the machine reads the files made here
     made = make_secrets(ENV_FILE)
     import django
 

@@ -18,16 +18,19 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
+from agents_app import approvals
+from agents_app.approvals import Choice, Verdict
 from agents_app.models import Agent
 from events_app import log
 from events_app.admin import EVENT_TYPES, BrowseOnlyAdmin
 from events_app.display import Shown, as_json, clipped, visible
 from events_app.models import Event, ModelCall
-from messages_app import ending
+from messages_app import acceptance, ending
+from messages_app.inbound import ToolResult
 from messages_app.models import Message
 from sessions_app import lifecycle
 from sessions_app.models import Account, Handoff, Session, Turn
-from tests.factories import CALLER, make_answered_turn, make_session, make_turn
+from tests.factories import CALLER, make_answered_turn, make_session, make_turn, make_waiting_call
 
 pytestmark = pytest.mark.django_db
 
@@ -658,3 +661,23 @@ def test_a_guess_may_be_hostile_too() -> None:
             status, html = try_to_log_in(client, text, f"guess{number}")
             assert status in (200, 429)
             assert "alert(1)" not in "".join(Page(html).scripts)
+
+
+def test_a_transcript_shows_each_call_with_who_decided_what_was_changed_and_what_came_of_it(operator: Client) -> None:
+    call = make_waiting_call(make_session(), "write_file", {"path": "a.md", "content": "long"})
+    edited = Choice(Verdict.EDIT, {"path": "a.md", "content": "short"}, "shorter <b>please</b>")
+    approvals.decide_by_id(CALLER, call.pk, edited)
+    acceptance.tool_result(ToolResult("s", call.pk, {"success": True}), CALLER)
+
+    text = Page(operator.get(transcript_of(Session.objects.get())).content.decode()).text
+
+    parts = [
+        "write_file",
+        '{"content":"long","path":"a.md"}',
+        "Needs approval: File modification requires user approval. Edit by tests",
+        "shorter <b>please</b>",
+        '{"content":"short","path":"a.md"}',
+        '"status": "approved_with_edits"',
+    ]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)

@@ -222,6 +222,7 @@ def test_a_call_that_needs_no_person_is_released_at_once() -> None:
         "arguments": {"path": "a.md"},
         "requires_approval": False,
         "is_final": True,
+        "metadata": {"args_hash": call.args_hash},
         "closes": True,
     }
 
@@ -313,6 +314,7 @@ def test_a_decision_is_one_row_one_entry_one_event_and_one_frame(choice: Choice)
         "args_hash_before": before,
         "args_hash_after": after,
         "modified_arguments": edited,
+        "implicit": False,
     }
     assert facts("hitl.decision.made") == [
         {
@@ -323,6 +325,7 @@ def test_a_decision_is_one_row_one_entry_one_event_and_one_frame(choice: Choice)
             "modified_args": edited,
             "decided_by": "olga",
             "feedback": "because",
+            "implicit": False,
         }
     ]
     (frame,) = said()[frames:]
@@ -565,10 +568,12 @@ def test_an_empty_hash_is_not_the_hash_that_waits() -> None:
 TAMPERINGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "the call's arguments": (ToolCall, {"arguments_text": '{"content":"rm","path":"a.md"}'}),
     "the call's arguments, to no JSON": (ToolCall, {"arguments_text": '{"content":'}),
+    "the call's arguments, to no object": (ToolCall, {"arguments_text": "null"}),
     "the call's tool": (ToolCall, {"tool_name": "execute_command"}),
     "the call's tool version": (ToolCall, {"tool_version": 2}),
     "the arguments that are shown": (ApprovalRequest, {"arguments_text": '{"content":"","path":"a.md"}'}),
     "the arguments that are shown, to no JSON": (ApprovalRequest, {"arguments_text": '{"content":'}),
+    "the arguments that are shown, to no object": (ApprovalRequest, {"arguments_text": "[1]"}),
     "the tool that is shown": (ApprovalRequest, {"tool_name": "read_file"}),
     "the hash": (ApprovalRequest, {"args_hash": "0" * 64}),
 }
@@ -621,7 +626,7 @@ def test_a_request_whose_hash_changes_under_the_decider_is_a_conflict() -> None:
     seen = approvals.of_call(session, call.pk)
     ApprovalRequest.objects.filter(pk=seen.pk).update(args_hash="0" * 64)
 
-    with pytest.raises(Conflict), transaction.atomic():
+    with pytest.raises(ArgumentsChanged), transaction.atomic():
         approvals.decide(session, seen, APPROVE, CALLER)
 
     assert status_of(call)[:2] == ("pending", "waiting")
@@ -633,9 +638,10 @@ def listed(by: Caller = CALLER) -> list[dict[str, Any]]:
     return list(ApprovalsView.as_view()(request).data["approvals"])
 
 
-def test_one_request_that_cannot_be_read_does_not_hide_the_others() -> None:
+@pytest.mark.parametrize("text", ['{"content":', "", "null", "[1]", "NaN"])
+def test_one_request_that_cannot_be_read_does_not_hide_the_others(text: str) -> None:
     broken, healthy = make_waiting_call(make_session("broken")), make_waiting_call(make_session("healthy"))
-    ApprovalRequest.objects.filter(pk=broken.approval.pk).update(arguments_text='{"content":')
+    ApprovalRequest.objects.filter(pk=broken.approval.pk).update(arguments_text=text)
 
     assert healthy.pk in [approval["call_id"] for approval in listed()], "guarantees F21"
 
@@ -805,6 +811,18 @@ def test_an_edit_has_to_be_a_call_that_the_agent_could_have_made(arguments: dict
     assert AuditEntry.objects.get().outcome == "refused"
 
 
+def test_an_edit_in_the_stream_is_refused_with_the_place_in_the_message() -> None:
+    call = make_waiting_call(make_session(), agent="architect")
+    message = HitlDecision("s", call.pk, "edit", {"path": "a.py", "content": ""})
+
+    with pytest.raises(EditRefused) as refused:
+        acceptance.hitl_decision(message, CALLER)
+
+    assert isinstance(refused.value.detail, list)
+    assert refused.value.detail[0]["loc"] == ["body", "message", "modified_arguments", "path"]
+    assert status_of(call) == ("pending", "waiting", "waiting")
+
+
 def test_an_edit_is_judged_by_the_agent_that_asked_and_not_by_the_one_that_is_active() -> None:
     session = make_session()
     call = make_waiting_call(session, agent="architect")
@@ -915,6 +933,31 @@ def test_where_self_approval_is_off_no_path_leads_around_it(way: str) -> None:
     assert AuditEntry.objects.get().details == {"code": "self_approval_forbidden"}
 
 
+@pytest.mark.parametrize("way", ["approve", "edit", "decision in the stream", "result"])
+def test_a_rule_that_takes_self_approval_back_holds_for_what_waits_already(way: str) -> None:
+    call = make_waiting_call(make_session())
+    ApprovalRule.objects.filter(tool="write_file").update(self_approval=False)
+    before = everything(AuditEntry)
+
+    with pytest.raises((SelfApprovalForbidden, Refused)):
+        WAYS[way](call)
+
+    assert everything(AuditEntry) == before
+    assert AuditEntry.objects.get().details == {"code": "self_approval_forbidden"}
+    decide(call, APPROVE, OPERATOR)
+
+
+def test_a_rule_that_asks_no_more_still_needs_the_decision_that_was_asked_for() -> None:
+    call = make_waiting_call(make_session(), self_approval=False)
+    ApprovalRule.objects.all().delete()
+
+    with pytest.raises(SelfApprovalForbidden):
+        decide(call, APPROVE)
+
+    assert status_of(call) == ("pending", "waiting", "waiting")
+    decide(call, APPROVE, OPERATOR)
+
+
 @pytest.mark.parametrize("way", ["cancel", "new message", "delete"])
 def test_where_self_approval_is_off_the_requester_may_still_give_up(way: str) -> None:
     call = make_waiting_call(make_session(), self_approval=False)
@@ -991,12 +1034,23 @@ def test_a_result_for_a_call_that_waits_is_a_decision_as_well(
     made = Decision.objects.get()
     assert (made.verdict, made.decided_by) == (verdict, "tests")
     assert made.feedback == (result.error if verdict == "reject" else "")
+    assert AuditEntry.objects.get().details["implicit"] is facts("hitl.decision.made")[0]["implicit"] is True
     assert (fresh(call).status, fresh(call).outcome, fresh(call).turn.status) == ("answered", outcome, "queued")
     assert [message["content"] for message in tool_messages()] == [text]
     assert (accepted.origin, accepted.has_frames) == (str(call.turn_id), True)
     assert [chunk["type"] for chunk in said()][-1] == "approval_resolved"
     assert said()[-1]["closes"] is False
     assert log.page("s", accepted.after)[0][0].seq == log.page("s", 0)[0][-1].seq, "the answer begins with it"
+
+
+def test_a_long_rejection_is_kept_as_far_as_feedback_is_and_read_whole_by_the_model() -> None:
+    call = make_waiting_call(make_session())
+    error = "User rejected: " + "x" * 20_000
+
+    acceptance.tool_result(ToolResult("s", call.pk, error=error), CALLER)
+
+    assert Decision.objects.get().feedback == error[:10_000]
+    assert tool_messages()[0]["content"] == f"Error: {error}"
 
 
 def test_a_result_that_leaves_calls_open_is_answered_with_its_frame_alone() -> None:
@@ -1383,6 +1437,26 @@ def test_a_turn_that_is_passed_on_without_end_is_stopped(settings: Any) -> None:
         act(running, wanted("switch_mode", {"mode": "architect"}))
 
     assert everything() == before
+
+
+def test_handovers_of_one_answer_are_counted_together(settings: Any) -> None:
+    settings.TURN_MAX_HANDOFFS = 1
+    running = run(make_turn(make_session(agent="architect")))
+
+    with pytest.raises(handoffs.TooManyHandoffs):
+        act(running, wanted("switch_mode", {"mode": "debug"}), wanted("switch_mode", {"mode": "ask"}))
+
+
+def test_a_handover_to_the_agent_that_is_active_is_none(settings: Any) -> None:
+    settings.TURN_MAX_HANDOFFS = 0
+    turn = make_turn(make_session(agent="architect"))
+
+    act(run(turn), wanted("switch_mode", {"mode": "architect"}))
+
+    call = turn.calls.get()
+    assert (call.outcome, call.answer) == ("ok", "The architect agent is active already")
+    assert Session.objects.get(pk="s").switch_count == 0
+    assert "agent_switched" not in [chunk["type"] for chunk in said()]
 
 
 def test_an_approved_handover_of_a_turn_that_had_all_of_its_own_is_answered_with_an_error(settings: Any) -> None:

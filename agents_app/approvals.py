@@ -5,6 +5,7 @@ its audit entry, what it does to the call and the requeue of the turn are one tr
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from orchestrator_site.http import wire_time
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
 from sessions_app.models import Session, ToolCall, Turn, TurnMoved
+
+logger = logging.getLogger(__name__)
 
 Verdict = Decision.Verdict
 Outcome = ToolCall.Outcome
@@ -131,14 +134,15 @@ def one_visible_to(caller: Caller, call_id: str) -> ApprovalRequest:
     return approval
 
 
-def decide_by_id(caller: Caller, call_id: str, choice: Choice) -> None:
-    """Decide on a request by its id alone. Raises UnknownApproval and what `decide` raises."""
+def decide_by_id(caller: Caller, call_id: str, choice: Choice) -> ApprovalRequest:
+    """Decide on a request by its id alone; the request as it is then. Raises UnknownApproval and what `decide` does."""
     found = one_visible_to(caller, call_id)
     # Of many who decide at once, those who come too late need not queue up for the lock.
     ensure_pending(found)
     with recording_refusals(caller, found.call), transaction.atomic():
         session = lifecycle.locked_for(caller, found.session_id)
         decide(session, of_call(session, call_id), choice, caller)
+        return ApprovalRequest.objects.select_related("call", "decision").get(pk=found.pk)
 
 
 def of_call(session: Session, call_id: str) -> ApprovalRequest:
@@ -193,7 +197,7 @@ def decide(
 
 def close_calls(session: Session, turn: Turn, verdict: Verdict, by: Caller) -> None:
     """Answer every open call of a turn that ends: superseded or cancelled. The caller holds the session's lock."""
-    for call in turn.calls.open().select_related("approval").in_order():
+    for call in turn.calls.open().in_order():
         if call.status == ToolCall.Status.WAITING:
             decide(session, of_call(session, call.pk), Choice(verdict), by)
         else:
@@ -295,6 +299,18 @@ def _judge_again(call: ToolCall, arguments: dict[str, Any]) -> Ruling:
     if tool.version != call.tool_version:
         raise CallRefused("tool_changed", f"{tool.name} is not the tool any more that was asked for.")
     return toolbox.judge(tool, arguments)
+
+
+def is_sound(call: ToolCall, approval: ApprovalRequest | None = None) -> bool:
+    """Whether the arguments that are about to be shown or executed are those that were hashed when they came to be."""
+    stored = call.released_text or call.arguments_text
+    sound = call.args_hash == _hash_of(call, stored)
+    if approval is not None:
+        shown = (approval.args_hash, approval.arguments_text, approval.tool_name)
+        sound = sound and shown == (call.args_hash, call.arguments_text, call.tool_name)
+    if not sound:
+        logger.error("arguments_tampered", extra={"call_id": call.pk, "session_id": call.session_id})
+    return sound
 
 
 def _hash_of(call: ToolCall, text: str) -> str:

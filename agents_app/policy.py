@@ -33,8 +33,13 @@ def rules_in_force() -> list[ApprovalRule]:
 
 def rule_on(rules: Iterable[ApprovalRule], *, tool: str, agent: str) -> Ruling:
     """The ruling on a tool that an agent asks for; among equally strong rules the first gives the reason."""
-    matching = [rule for rule in rules if rule.agent in ("", agent) and fnmatchcase(tool, rule.tool)]
+    matching = [rule for rule in rules if rule.agent in ("", agent) and _matches(tool, rule.tool)]
     if not matching:
         return Ruling(Outcome.ALLOW)
     strongest = min(matching, key=lambda rule: (-STRENGTH[Outcome(rule.outcome)], rule.position, rule.pk))
     return Ruling(strongest.outcome, strongest)
+
+
+def _matches(tool: str, pattern: str) -> bool:
+    # Only * and ? are wildcards here; fnmatch knows sets of characters too.
+    return fnmatchcase(tool, pattern.replace("[", "[[]"))

@@ -35,6 +35,8 @@ class Event(models.Model):
 
     @property
     def event_category(self) -> str:
+        if self.event_type == "tool.approval.required":
+            return "hitl"
         prefix = self.event_type.partition(".")[0]
         return "metrics" if prefix == "llm" else prefix
 

@@ -50,6 +50,10 @@ async def follow(session_id: str, *, after: int, until: str | None = None) -> As
             while not live.reread and not live.ended:
                 frames = list(live.frames)
                 live.frames.clear()
+                if _has_hole(frames, after):
+                    # Of two commits the later one may be published first: what is missing is in the log by now.
+                    live.reread = True
+                    break
                 ready, after, closed = _fresh(frames, after, until)
                 if ready:
                     yield ready
@@ -60,6 +64,15 @@ async def follow(session_id: str, *, after: int, until: str | None = None) -> As
                 if live.beat:
                     live.beat = False
                     yield []
+
+
+def _has_hole(frames: list[Frame], after: int) -> bool:
+    """Whether a number is missing between a follower's position and these frames; often it was never given."""
+    for frame in frames:
+        if frame.seq > after + 1:
+            return True
+        after = max(after, frame.seq)
+    return False
 
 
 def _fresh(frames: list[Frame], after: int, until: str | None) -> tuple[list[Frame], int, bool]:

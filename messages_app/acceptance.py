@@ -195,6 +195,8 @@ def _is_rejection(message: ToolResult) -> bool:
 
 
 def _executed_otherwise(call: ToolCall, message: ToolResult) -> bool:
+    if _is_rejection(message):
+        return False
     return message.args_hash is not None and message.args_hash != call.args_hash
 
 
@@ -210,8 +212,9 @@ def _text_of(message: ToolResult) -> str:
     """Protocol 4, last paragraph."""
     if message.error is not None:
         return f"Error: {message.error}"
-    if message.result is None or message.result == "":
+    if message.result is None:
         return NO_RESULT
     if isinstance(message.result, str):
-        return message.result
+        # Providers refuse what is blank.
+        return message.result if message.result.strip() else NO_RESULT
     return json.dumps(message.result, ensure_ascii=False)

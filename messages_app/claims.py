@@ -10,7 +10,6 @@ from django.db.models.functions import Now
 
 from events_app import log
 from events_app.chunks import ErrorShown, Restarted, TurnFinished, TurnStarted, encode
-from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.models import Event, StreamBatch
 from messages_app.turn_stream import BLOCK
@@ -59,10 +58,9 @@ def _park(turn_id: uuid.UUID, session_id: str) -> None:
         return  # somebody else could work with it
     origin = str(turn_id)
     finished = TurnFinished(origin, Turn.Status.FAILED, "internal_error", turn.usage)
-    bodies = [encode(ErrorShown("Something went wrong on the server.", "internal_error")), encode(finished)]
-    frames = [Frame.of(session.reserve_numbers(1), origin, body, closes=body == bodies[-1]) for body in bodies]
-    log.append(session_id, frames)
-    transaction.on_commit(lambda: feed.poke(session_id))
+    lifecycle.emit(
+        session, ErrorShown("Something went wrong on the server.", "internal_error"), finished, origin=origin
+    )
 
 
 def _claim_together(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> list[Begun]:

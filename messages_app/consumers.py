@@ -110,7 +110,8 @@ class SessionConsumer(AsyncWebsocketConsumer):
             await self.close(UNSUPPORTED_DATA if takes_codes else None)
             return
         try:
-            self._waiting.put_nowait(text_data)
+            # No more of one that is too large than shows that it is.
+            self._waiting.put_nowait(text_data[: settings.MAX_BODY_BYTES + 1])
         except asyncio.QueueFull:
             await self.send(text_data=_error("Streaming error: too many messages at once"))
 

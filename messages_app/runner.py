@@ -81,32 +81,43 @@ class EmbeddedRunner:
                 await _wait(self._wake, POLL_SECONDS)
 
     async def _run(self, claim: Claim, frames: list[Frame]) -> None:
+        if (lost := self._streams.get(claim.turn_id)) is not None:
+            # Taken over within this process: the earlier run still works on it and does not know yet.
+            lost.interrupt(LostClaim(f"turn {lost.origin} was taken over"))
         stream = self._streams[claim.turn_id] = TurnStream(claim)
+        settled = False
+        try:
+            with feed.writing(claim.session_id, stream):
+                feed.publish(claim.session_id, frames)
+                settled = await self._run_to_its_end(claim, stream)
+        finally:
+            if self._streams.get(claim.turn_id) is stream:
+                del self._streams[claim.turn_id]
+            if not settled:
+                # What was shown may not be what is stored: followers go by the log.
+                feed.poke(claim.session_id)
+            self._wake.set()  # the session's next turn may be ready
+
+    async def _run_to_its_end(self, claim: Claim, stream: TurnStream) -> bool:
+        """Run a claimed turn until it ends, waits, or is left to somebody else; whether what became of it is stored."""
         ids = {"turn_id": str(claim.turn_id), "session_id": claim.session_id, "attempt": claim.attempt}
-        with feed.writing(claim.session_id, stream):
-            feed.publish(claim.session_id, frames)
-            settled = False
-            try:
-                outcome = await run_turn(stream, get_model())
-                settled = True
-                logger.info("turn_left", extra={**ids, "outcome": outcome})
-            except LostClaim:
-                logger.warning("turn_lost", extra=ids)
-            except Stopping:
-                await _try(_hand_over(stream))
-                logger.info("turn_handed_over", extra=ids)
-            except (OperationalError, InterfaceError):
-                # Whether the last write counts is unknown. The lease runs out, and the next claim sees what is stored.
-                logger.exception("turn_abandoned", extra=ids)
-            except Exception:
-                logger.exception("turn_failed", extra=ids)
-                await _try(give_up(stream))
-        if self._streams.get(claim.turn_id) is stream:
-            del self._streams[claim.turn_id]
-        if not settled:
-            # What was shown may not be what is stored: followers go by the log.
-            feed.poke(claim.session_id)
-        self._wake.set()  # the session's next turn may be ready
+        try:
+            outcome = await run_turn(stream, get_model())
+        except LostClaim:
+            logger.warning("turn_lost", extra=ids)
+        except Stopping:
+            await _try(_hand_over(stream))
+            logger.info("turn_handed_over", extra=ids)
+        except (OperationalError, InterfaceError):
+            # Whether the last write counts is unknown. The lease runs out, and the next claim sees what is stored.
+            logger.exception("turn_abandoned", extra=ids)
+        except Exception:
+            logger.exception("turn_failed", extra=ids)
+            await _try(give_up(stream))
+        else:
+            logger.info("turn_left", extra={**ids, "outcome": outcome})
+            return True
+        return False
 
     async def _commit_deltas(self) -> None:
         streams = [stream for stream in self._streams.values() if stream.has_news]

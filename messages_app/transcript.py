@@ -9,7 +9,8 @@ from agents_app.llm import ModelError
 from messages_app.models import Message
 from sessions_app.models import ToolCall, Turn
 
-PAGE = 200
+# So many messages are read at once, with the results of their calls; what does not fit the window is read in vain.
+PAGE = 40
 Calls = dict[tuple[Any, int], list[ToolCall]]
 Chat = list[dict[str, Any]]
 
@@ -95,7 +96,7 @@ def _for_a_model(said: dict[str, Any]) -> dict[str, Any]:
     for call in said["tool_calls"]:
         name = re.sub("[^A-Za-z0-9_-]", "_", call["function"]["name"])[:64] or "unnamed"
         calls.append({**call, "function": {**call["function"], "name": name}})
-    return {**said, "content": said["content"] or None, "tool_calls": calls}
+    return {**said, "content": said["content"] if said["content"].strip() else None, "tool_calls": calls}
 
 
 def _alternating(newest_first: list[Chat]) -> Chat:

@@ -16,7 +16,13 @@ from django.db.models.functions import Now
 from rest_framework.test import APIRequestFactory, force_authenticate
 
 from agents_app import approvals, handoffs
-from agents_app.approval_views import ApprovalsView, ApprovalView, DecisionView, OpenCallsView
+from agents_app.approval_views import (
+    ApprovalsView,
+    ApprovalView,
+    DecisionView,
+    OpenCallsView,
+    PendingApprovalsView,
+)
 from agents_app.approvals import (
     AlreadyDecided,
     ArgumentsChanged,
@@ -1790,3 +1796,26 @@ def test_a_request_is_read_as_it_stands() -> None:
     assert (shown["status"], shown["decision"], shown["decided_at"]) == ("pending", None, None)
     assert shown["args_hash"] == call.args_hash
     assert StreamBatch.objects.unnumbered().count() == 0
+
+
+def test_a_rejection_is_no_report_of_an_execution() -> None:
+    call = make_waiting_call(make_session())
+
+    acceptance.tool_result(ToolResult("s", call.pk, error="User rejected: no", args_hash="0" * 64), CALLER)
+
+    assert [entry.action for entry in AuditEntry.objects.all()] == ["approval.reject"]
+    assert tool_messages()[0]["content"] == "Error: User rejected: no"
+
+
+@pytest.mark.parametrize("tampering", TAMPERINGS)
+def test_what_was_changed_behind_the_back_of_its_request_is_not_shown_to_those_who_execute(tampering: str) -> None:
+    changed, kept = make_calls(make_session(), wanted(), wanted())
+    model, changes = TAMPERINGS[tampering]
+    model.objects.filter(pk=changed.pk if model is ToolCall else changed.approval.pk).update(**changes)
+    request = APIRequestFactory().get("/")
+    force_authenticate(request, user=CALLER)  # type: ignore[arg-type]
+
+    shown = PendingApprovalsView.as_view()(request, session_id="s").data
+
+    assert [approval["call_id"] for approval in shown["pending_approvals"]] == [kept.pk]
+    assert shown["count"] == 1

@@ -99,7 +99,13 @@ def number_waiting(session_id: str, next_number: Any) -> list[Frame]:
     """Give numbers to the frames that others left; the caller holds the session's lock and its numbers."""
     frames = []
     for batch in StreamBatch.objects.unnumbered().filter(session_id=session_id):
-        body = batch.frames[0][1]
+        try:
+            body = batch.frames[0][1]
+        except (IndexError, KeyError, TypeError):
+            # Damaged: nobody will ever read it, and the session would stand still before it.
+            logger.exception("frame_unreadable", extra={"session_id": session_id, "batch": batch.pk})
+            batch.delete()
+            continue
         frame = Frame.of(next_number(), batch.origin, body, closes=batch.closes)
         batch.first_seq = batch.last_seq = frame.seq
         batch.frames = [[frame.seq, body]]

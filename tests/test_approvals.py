@@ -14,6 +14,7 @@ from django.apps import apps
 from django.db import IntegrityError, connection, transaction
 from django.db.models.functions import Now
 from rest_framework.test import APIRequestFactory, force_authenticate
+from rest_framework.views import APIView
 
 from agents_app import approvals, handoffs
 from agents_app.approval_views import (
@@ -109,6 +110,12 @@ def said(session_id: str = "s") -> list[dict[str, Any]]:
     """The chunks on the session's stream so far."""
     frames, _ = log.page(session_id, 0)
     return [{**json.loads(frame.body.split("data:", 1)[1]), "closes": frame.closes} for frame in frames]
+
+
+def get(view: type[APIView], **path: str) -> dict[str, Any]:
+    request = APIRequestFactory().get("/")
+    force_authenticate(request, user=CALLER)  # type: ignore[arg-type]
+    return dict(view.as_view()(request, **path).data)
 
 
 def tool_messages(session_id: str = "s") -> list[dict[str, Any]]:
@@ -638,18 +645,12 @@ def test_a_request_whose_hash_changes_under_the_decider_is_a_conflict() -> None:
     assert status_of(call)[:2] == ("pending", "waiting")
 
 
-def listed(by: Caller = CALLER) -> list[dict[str, Any]]:
-    request = APIRequestFactory().get("/?status=all")
-    force_authenticate(request, user=by)  # type: ignore[arg-type]
-    return list(ApprovalsView.as_view()(request).data["approvals"])
-
-
 @pytest.mark.parametrize("text", ['{"content":', "", "null", "[1]", "NaN"])
 def test_one_request_that_cannot_be_read_does_not_hide_the_others(text: str) -> None:
     broken, healthy = make_waiting_call(make_session("broken")), make_waiting_call(make_session("healthy"))
     ApprovalRequest.objects.filter(pk=broken.approval.pk).update(arguments_text=text)
 
-    assert healthy.pk in [approval["call_id"] for approval in listed()], "guarantees F21"
+    assert healthy.pk in [approval["call_id"] for approval in get(ApprovalsView)["approvals"]], "guarantees F21"
 
 
 @pytest.mark.parametrize("way", ["cancel", "new message", "delete"])
@@ -675,10 +676,8 @@ def test_a_call_that_cannot_be_read_does_not_wedge_its_session(way: str) -> None
 def test_what_was_changed_after_its_release_is_not_handed_out(changes: dict[str, str]) -> None:
     changed, kept = make_calls(make_session(), wanted("read_file"), wanted("read_file"))
     ToolCall.objects.filter(pk=changed.pk).update(**changes)
-    request = APIRequestFactory().get("/")
-    force_authenticate(request, user=CALLER)  # type: ignore[arg-type]
 
-    shown = OpenCallsView.as_view()(request, session_id="s").data
+    shown = get(OpenCallsView, session_id="s")
 
     assert shown["count"] == 1
     assert [call["call_id"] for call in shown["open_calls"]] == [kept.pk]
@@ -689,10 +688,8 @@ def test_a_client_that_was_away_finds_what_to_execute() -> None:
     waiting, edited, released, answered = make_calls(session, *[wanted()] * 2, *[wanted("read_file")] * 2)
     decide(edited, EDIT)
     acceptance.tool_result(ToolResult("s", answered.pk, "done"), CALLER)
-    request = APIRequestFactory().get("/")
-    force_authenticate(request, user=CALLER)  # type: ignore[arg-type]
 
-    shown = OpenCallsView.as_view()(request, session_id="s").data
+    shown = get(OpenCallsView, session_id="s")
 
     assert shown["open_calls"] == [
         {
@@ -853,6 +850,8 @@ def test_an_edit_is_judged_by_the_agent_that_asked_and_not_by_the_one_that_is_ac
         {"decision": "edit", "modified_arguments": "{}"},
         {"decision": "edit", "modified_arguments": []},
         {"decision": "approve", "modified_arguments": {}},
+        {"decision": "approve", "modified_arguments": OTHER_ARGUMENTS},
+        {"decision": "reject", "modified_arguments": OTHER_ARGUMENTS},
         {"decision": "reject", "feedback": 1},
         {"decision": "reject", "feedback": "x" * 10_001},
         {"decision": "approve", "args_hash": 1},
@@ -875,6 +874,30 @@ def post_decision(call: ToolCall, body: Any, by: Caller = CALLER) -> dict[str, A
     request = APIRequestFactory().post("/", body, format="json")
     force_authenticate(request, user=by)  # type: ignore[arg-type]
     return dict(DecisionView.as_view()(request, call_id=call.pk).data)
+
+
+def test_what_is_listed_as_pending_is_undecided_and_oldest_first() -> None:
+    first, decided, last = make_calls(make_session(), wanted(), wanted(), wanted("execute_command"))
+    decide(decided, APPROVE)
+
+    shown = get(PendingApprovalsView, session_id="s")
+
+    assert (shown["session_id"], shown["count"]) == ("s", 2)
+    assert shown["pending_approvals"] == [
+        {
+            "request_id": call.pk,
+            "request_type": "tool",
+            "subject": call.tool_name,
+            "details": {"arguments": call.arguments},
+            "reason": call.approval.reason,
+            "created_at": call.approval.created_at.isoformat(),
+            "call_id": call.pk,
+            "tool_name": call.tool_name,
+            "arguments": call.arguments,
+            "args_hash": call.args_hash,
+        }
+        for call in (first, last)
+    ]
 
 
 def test_a_decision_over_rest_is_answered_with_what_the_request_has_become() -> None:
@@ -1612,6 +1635,44 @@ def test_messages_are_counted_as_history_shows_them(way: str) -> None:
     assert session.message_count == shown["message_count"] == len(shown["messages"])
 
 
+# --- messages ---
+
+
+def test_so_many_messages_wait_behind_a_turn_and_no_more(settings: Any) -> None:
+    settings.TURN_QUEUE_LENGTH = 2
+    session = make_session()
+    claim(make_turn(session))
+    make_turn(session)
+    make_turn(session)
+    before = everything()
+
+    with pytest.raises(acceptance.QueueFull) as full:
+        make_turn(session)
+
+    assert (full.value.status, full.value.code, full.value.headers) == (429, "queue_full", {"Retry-After": "5"})
+    assert everything() == before
+
+
+def test_the_first_message_gives_a_session_its_title_for_good() -> None:
+    session = make_session()
+
+    make_turn(session, "  first " + "x" * 600)
+    make_turn(session, "second")
+
+    assert Session.objects.get(pk="s").title == ("first " + "x" * 600)[:500]
+
+
+def test_a_session_that_has_had_nothing_starts_on_the_agent_asked_for_and_later_is_switched() -> None:
+    session = make_session(agent="orchestrator")
+
+    for agent in ("ask", "debug"):
+        acceptance.user_message(UserMessage("s", "hello", agent), CALLER)
+
+    session.refresh_from_db()
+    assert (session.current_agent, session.switch_count) == ("ask", 0)
+    assert list(session.turns.order_by("position").values_list("requested_agent", flat=True)) == ["", "debug"]
+
+
 # --- figures (protocol 8) ---
 
 
@@ -1634,6 +1695,7 @@ def make_scripted_facts() -> None:
     acceptance.tool_result(ToolResult("b", commands[0].pk, "ok"), CALLER)
     acceptance.user_message(UserMessage("b", "never mind"), CALLER)
     fail(run(Turn.objects.get(session="b", position=2)), spent=spent("debug", 25, error="model_timeout"))
+    make_waiting_call(make_session("c"), "create_directory")
 
 
 def spent(agent: str, ms: int, error: str = "") -> Spent:
@@ -1656,6 +1718,7 @@ def test_metrics_count_what_happened() -> None:
             "read_file": {"requested": 1, "completed": 1, "failed": 0, "requires_approval": 0},
             "execute_command": {"requested": 3, "completed": 1, "failed": 1, "requires_approval": 2},
             "switch_mode": {"requested": 1, "completed": 1, "failed": 0, "requires_approval": 0},
+            "create_directory": {"requested": 1, "completed": 0, "failed": 0, "requires_approval": 1},
         },
         "hitl_decisions": {
             "write_file": {"APPROVE": 1, "EDIT": 1, "REJECT": 1},
@@ -1670,6 +1733,7 @@ def test_metrics_count_what_happened() -> None:
         "read_file_success_rate": 1.0,
         "execute_command_success_rate": 0.5,
         "switch_mode_success_rate": 1.0,
+        "create_directory_success_rate": 0.0,
     }
     assert datetime.fromisoformat(shown["timestamp"]).tzinfo is not None
 
@@ -1758,7 +1822,7 @@ def test_the_log_shows_the_last_entries_oldest_first() -> None:
     assert audit_log(limit=3) == audit_log()[-3:]
     assert [entry["timestamp"] for entry in audit_log()] == sorted(entry["timestamp"] for entry in audit_log())
     assert audit_log(event_type="hitl.decision.made") == [], "its own names, not those of the events"
-    assert audit_log("c") == []
+    assert audit_log("nobody") == []
 
 
 def test_the_figures_of_a_session_are_those_of_its_model_steps() -> None:
@@ -1788,10 +1852,8 @@ def test_the_figures_of_a_session_are_those_of_its_model_steps() -> None:
 
 def test_a_request_is_read_as_it_stands() -> None:
     call = make_waiting_call(make_session())
-    request = APIRequestFactory().get("/")
-    force_authenticate(request, user=CALLER)  # type: ignore[arg-type]
 
-    shown = ApprovalView.as_view()(request, call_id=call.pk).data
+    shown = get(ApprovalView, call_id=call.pk)
 
     assert (shown["status"], shown["decision"], shown["decided_at"]) == ("pending", None, None)
     assert shown["args_hash"] == call.args_hash
@@ -1812,10 +1874,8 @@ def test_what_was_changed_behind_the_back_of_its_request_is_not_shown_to_those_w
     changed, kept = make_calls(make_session(), wanted(), wanted())
     model, changes = TAMPERINGS[tampering]
     model.objects.filter(pk=changed.pk if model is ToolCall else changed.approval.pk).update(**changes)
-    request = APIRequestFactory().get("/")
-    force_authenticate(request, user=CALLER)  # type: ignore[arg-type]
 
-    shown = PendingApprovalsView.as_view()(request, session_id="s").data
+    shown = get(PendingApprovalsView, session_id="s")
 
     assert [approval["call_id"] for approval in shown["pending_approvals"]] == [kept.pk]
     assert shown["count"] == 1

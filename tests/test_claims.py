@@ -1,12 +1,12 @@
 """Claims, leases and fences: of two runners only one can write."""
 
 import pytest
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError, connection, transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
 from events_app import log
-from events_app.chunks import AgentSwitched
+from events_app.chunks import AgentSwitched, encode
 from events_app.frames import Frame
 from events_app.models import StreamBatch
 from messages_app import claims, ending
@@ -238,7 +238,8 @@ def test_only_turns_that_somebody_works_on_keep_their_leases() -> None:
 
 def test_a_row_that_cannot_be_worked_with_fails_its_turn_and_keeps_nobody_waiting() -> None:
     broken, healthy = make_turn(make_session("broken")), make_turn(make_session("healthy"))
-    StreamBatch.objects.create(session_id="broken", origin="x", frames=[], created_at=timezone.now())
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE sessions_app_turn SET round_count = 'x' WHERE session_id = 'broken'")
 
     claimed = claims.claim_turns("one", 10)
 
@@ -248,6 +249,29 @@ def test_a_row_that_cannot_be_worked_with_fails_its_turn_and_keeps_nobody_waitin
     said = log.page("broken", 0)[0]
     assert [frame.closes for frame in said] == [False, True], "whoever waits for its answer gets an end"
     assert '"type":"turn_finished"' in said[-1].body
+
+
+def test_a_frame_that_cannot_be_read_keeps_no_turn_waiting() -> None:
+    turn = make_turn(make_session())
+    StreamBatch.objects.create(session_id="s", origin="x", frames=[], created_at=timezone.now())
+
+    claim(turn)
+
+    turn.refresh_from_db()
+    assert turn.status == "running"
+    assert not StreamBatch.objects.unnumbered().exists()
+
+
+def test_what_was_left_to_a_turn_that_nobody_can_run_is_said_before_its_end() -> None:
+    session = make_session()
+    turn = make_turn(session)
+    log.leave_unnumbered("s", "the switch", encode(_switched()), closes=True)
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE sessions_app_turn SET round_count = 'x'")
+
+    claims.claim_turns("one", 10)
+
+    assert [frame.origin for frame in log.page("s", 0)[0]] == ["the switch", str(turn.pk), str(turn.pk)]
 
 
 def _switched() -> AgentSwitched:

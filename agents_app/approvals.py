@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 Verdict = Decision.Verdict
 Outcome = ToolCall.Outcome
-Answer = tuple[str, Outcome]
 # What a person says; every other verdict is what happens to a request.
 BY_A_PERSON = (Verdict.APPROVE, Verdict.EDIT, Verdict.REJECT)
 STATUS = {
@@ -111,6 +110,15 @@ class Choice:
     args_hash: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a call that was executed, as text; the note is for the model."""
+
+    text: str
+    outcome: Outcome
+    note: str = ""
+
+
 def request(call: ToolCall, ruling: Ruling) -> ApprovalRequest:
     """Have a stored call wait for a person."""
     return ApprovalRequest.objects.create(
@@ -156,7 +164,7 @@ def ensure_pending(approval: ApprovalRequest) -> None:
 
 
 def decide(
-    session: Session, approval: ApprovalRequest, choice: Choice, by: Caller, *, result: Answer | None = None
+    session: Session, approval: ApprovalRequest, choice: Choice, by: Caller, *, result: Result | None = None
 ) -> bool:
     """Settle a request, and say so on the session's stream. Returns whether the turn goes on by it.
 
@@ -204,18 +212,18 @@ def close_calls(session: Session, turn: Turn, verdict: Verdict, by: Caller) -> N
             call.answer_with(*closing(call.tool_name, verdict))
 
 
-def answer(session: Session, call: ToolCall, text: str, outcome: Outcome) -> None:
+def answer(session: Session, call: ToolCall, result: Result) -> None:
     """Give a call the result that was reported for it, and record how it went."""
-    call.answer_with(text, outcome)
-    log.record(executed(session, call))
+    call.answer_with(result_text(call, result), result.outcome)
+    log.record(executed(session, call, result.text))
 
 
-def executed(session: Session, call: ToolCall) -> Event:
-    """The fact that a call ended with a result or an error."""
+def executed(session: Session, call: ToolCall, text: str) -> Event:
+    """The fact that a call ended, with a result or with an error in `text`."""
     named = {"tool_name": call.tool_name, "call_id": call.pk}
     if call.outcome == Outcome.OK:
         return lifecycle.fact(session, "tool.execution.completed", turn_id=call.turn_id, **named)
-    failure = {"error_message": call.answer.removeprefix("Error: ")[:ERROR_CHARS], "error_type": call.outcome, **named}
+    failure = {"error_message": text.removeprefix("Error: ")[:ERROR_CHARS], "error_type": call.outcome, **named}
     return lifecycle.fact(session, "tool.execution.failed", turn_id=call.turn_id, **failure)
 
 
@@ -240,12 +248,13 @@ def recording_refusals(by: Caller, call: ToolCall) -> Iterator[None]:
         raise
 
 
-def result_text(call: ToolCall, text: str, *, note: str = "") -> str:
+def result_text(call: ToolCall, result: Result) -> str:
     """What the model reads of a result: of an edited call with what was really executed (protocol 5)."""
     if not call.released_text:
-        return f"{text}\n\n{note}" if note else text
+        return f"{result.text}\n\n{result.note}" if result.note else result.text
     edited = {"status": "approved_with_edits", "tool_name": call.tool_name, "arguments": call.final_arguments}
-    return json.dumps({**edited, "result": text, **({"note": note} if note else {})}, ensure_ascii=False)
+    note = {"note": result.note} if result.note else {}
+    return json.dumps({**edited, "result": result.text, **note}, ensure_ascii=False)
 
 
 def rejected_text(tool_name: str, feedback: str | None) -> str:
@@ -255,7 +264,7 @@ def rejected_text(tool_name: str, feedback: str | None) -> str:
     )
 
 
-def closing(tool_name: str, verdict: Verdict) -> Answer:
+def closing(tool_name: str, verdict: Verdict) -> tuple[str, Outcome]:
     """What the model reads of a call that is superseded or cancelled."""
     outcome, message = CLOSED[verdict]
     return json.dumps({"status": verdict, "tool_name": tool_name, "message": message}, ensure_ascii=False), outcome
@@ -362,10 +371,11 @@ def _resolved(call: ToolCall, made: Decision) -> ApprovalResolved:
     )
 
 
-def _carry_out(session: Session, call: ToolCall, made: Decision, result: Answer | None) -> list[Chunk]:
+def _carry_out(session: Session, call: ToolCall, made: Decision, result: Result | None) -> list[Chunk]:
     """What the decision does to the call, and the chunks that its execution by the server adds."""
     if made.verdict == Verdict.REJECT:
-        call.answer_with(*(result or (rejected_text(call.tool_name, made.feedback), Outcome.REJECTED)))
+        text = result.text if result is not None else rejected_text(call.tool_name, made.feedback)
+        call.answer_with(text, Outcome.REJECTED)
         return []
     if made.verdict not in BY_A_PERSON:
         call.answer_with(*closing(call.tool_name, Verdict(made.verdict)))
@@ -377,13 +387,13 @@ def _carry_out(session: Session, call: ToolCall, made: Decision, result: Answer 
         )
     )
     if result is not None:
-        answer(session, call, *result)
+        answer(session, call, result)
     elif call.tool_name in ON_THE_SERVER:
         try:
             text, outcome, chunks = handoffs.switch_mode(session, call.turn, call.final_arguments, by=call.agent)
         except handoffs.TooManyHandoffs as too_many:
             text, outcome, chunks = f"Error: {too_many.message}", Outcome.ERROR, []
-        answer(session, call, result_text(call, text), outcome)
+        answer(session, call, Result(text, outcome))
         return chunks
     return []
 

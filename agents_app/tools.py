@@ -157,8 +157,9 @@ def _check_path(agent: Agent, tool: Tool, arguments: dict[str, Any]) -> None:
     if tool.name != WRITE or not agent.writable_paths:
         return
     path = str(arguments.get("path", "")).replace("\\", "/")
-    is_outside = path.startswith(("/", "~")) or re.match("[A-Za-z]:", path) or ".." in path.split("/")
-    if is_outside or not re.fullmatch(agent.writable_paths, posixpath.normpath(path)):
+    is_outside = path.startswith(("/", "~")) or ":" in path or ".." in path.split("/")
+    is_odd = path != path.strip() or path.endswith("/")
+    if is_outside or is_odd or not re.fullmatch(agent.writable_paths, posixpath.normpath(path)):
         raise CallRefused(
             "path_not_allowed",
             f"Tool '{WRITE}' is not allowed for {_speaker(agent)} on '{path[:SHOWN_CHARS]}': only files inside the "

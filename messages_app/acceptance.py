@@ -15,12 +15,12 @@ from agents_app import approvals, handoffs
 from agents_app.approvals import (
     MAX_FEEDBACK_CHARS,
     AlreadyDecided,
-    Answer,
     ArgumentsChanged,
     Choice,
     EditRefused,
     Outcome,
     PolicyChanged,
+    Result,
     SelfApprovalForbidden,
     Verdict,
 )
@@ -138,10 +138,9 @@ def tool_result(message: ToolResult, caller: Caller) -> Accepted:
             if _is_rejection(message):
                 choice = Choice(Verdict.REJECT, feedback=(message.error or "")[:MAX_FEEDBACK_CHARS])
             approval = approvals.of_call(session, call.pk)
-            approvals.decide(session, approval, choice, caller, result=_answer_to(call, message))
+            approvals.decide(session, approval, choice, caller, result=_result_of(call, message))
             return Accepted(session.pk, origin, after)
-        text, outcome = _answer_to(call, message)
-        approvals.answer(session, call, text, outcome)
+        approvals.answer(session, call, _result_of(call, message))
         goes_on = call.turn.go_on()
         if goes_on:
             transaction.on_commit(feed.wake_runner)
@@ -200,12 +199,10 @@ def _executed_otherwise(call: ToolCall, message: ToolResult) -> bool:
     return message.args_hash is not None and message.args_hash != call.args_hash
 
 
-def _answer_to(call: ToolCall, message: ToolResult) -> Answer:
+def _result_of(call: ToolCall, message: ToolResult) -> Result:
     outcome = Outcome.OK if message.error is None else Outcome.ERROR
-    if _is_rejection(message) and call.status == ToolCall.Status.WAITING:
-        outcome = Outcome.REJECTED
     note = OTHER_ARGUMENTS if _executed_otherwise(call, message) else ""
-    return approvals.result_text(call, _text_of(message), note=note), outcome
+    return Result(_text_of(message), outcome, note)
 
 
 def _text_of(message: ToolResult) -> str:

@@ -235,7 +235,7 @@ def _let_go(
             for chunk in chunks:
                 step.say(chunk)
             _close(step, call, text, outcome)
-            step.facts.append(approvals.executed(step.session, call))
+            step.facts.append(approvals.executed(step.session, call, text))
             return
         call.status, call.released_at = ToolCall.Status.RELEASED, Now()
         call.save(force_insert=True)
@@ -244,7 +244,12 @@ def _let_go(
 
 def _close(step: Step, call: ToolCall, answer: str, outcome: ToolCall.Outcome) -> None:
     """Store a call together with its answer."""
-    call.status, call.outcome, call.answer, call.answered_at = ToolCall.Status.ANSWERED, outcome, answer, Now()
+    call.status, call.outcome, call.answer, call.answered_at = (
+        ToolCall.Status.ANSWERED,
+        outcome,
+        answer,
+        timezone.now(),
+    )
     call.save(force_insert=True)
     Session.objects.filter(pk=step.session.pk).update(message_count=F("message_count") + 1)
 

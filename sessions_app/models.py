@@ -13,6 +13,7 @@ from django.db import models
 from django.db.models import Exists, F, OuterRef, Q, QuerySet
 from django.db.models.expressions import CombinedExpression
 from django.db.models.functions import Coalesce, Now
+from django.utils import timezone
 
 from orchestrator_site.errors import Conflict, NotFound
 from sessions_app.callers import Caller
@@ -437,7 +438,8 @@ class ToolCall(models.Model):
             status=ToolCall.Status.ANSWERED,
             answer=text,
             outcome=outcome,
-            answered_at=Now(),
+            # Answers stand in the order of their arrival; the database's clock may be too coarse to tell it.
+            answered_at=timezone.now(),
         )
         Session.objects.filter(pk=self.session_id).update(message_count=F("message_count") + 1, last_activity=Now())
 

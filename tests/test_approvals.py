@@ -31,6 +31,7 @@ from agents_app.approvals import (
     Choice,
     EditRefused,
     PolicyChanged,
+    Result,
     SelfApprovalForbidden,
     UnknownApproval,
     Verdict,
@@ -545,13 +546,13 @@ def test_who_comes_too_late_is_told_so_whatever_else_is_wrong(late: Choice) -> N
 def test_decide_says_whether_the_turn_goes_on_by_it() -> None:
     first, second, third = make_calls(make_session(), wanted(), wanted(), wanted())
 
-    def goes_on_by(call: ToolCall, choice: Choice, result: approvals.Answer | None = None) -> bool:
+    def goes_on_by(call: ToolCall, choice: Choice, result: Result | None = None) -> bool:
         session = Session.objects.locked().get(pk="s")
         return approvals.decide(session, approvals.of_call(session, call.pk), choice, CALLER, result=result)
 
     assert goes_on_by(first, REJECT) is False
-    assert goes_on_by(second, APPROVE, ("done", ToolCall.Outcome.OK)) is False
-    assert goes_on_by(third, APPROVE, ("done", ToolCall.Outcome.OK)) is True
+    assert goes_on_by(second, APPROVE, Result("done", ToolCall.Outcome.OK)) is False
+    assert goes_on_by(third, APPROVE, Result("done", ToolCall.Outcome.OK)) is True
     assert status_of_turn(first) == "queued"
 
 
@@ -650,7 +651,9 @@ def test_one_request_that_cannot_be_read_does_not_hide_the_others(text: str) -> 
     broken, healthy = make_waiting_call(make_session("broken")), make_waiting_call(make_session("healthy"))
     ApprovalRequest.objects.filter(pk=broken.approval.pk).update(arguments_text=text)
 
-    assert healthy.pk in [approval["call_id"] for approval in get(ApprovalsView)["approvals"]], "guarantees F21"
+    shown = {approval["call_id"]: approval["arguments"] for approval in get(ApprovalsView)["approvals"]}
+    assert shown[healthy.pk] == healthy.arguments, "guarantees F21"
+    assert shown.get(broken.pk, {"unreadable": text}) == {"unreadable": text}, "arguments are an object always"
 
 
 @pytest.mark.parametrize("way", ["cancel", "new message", "delete"])
@@ -1879,3 +1882,13 @@ def test_what_was_changed_behind_the_back_of_its_request_is_not_shown_to_those_w
 
     assert [approval["call_id"] for approval in shown["pending_approvals"]] == [kept.pk]
     assert shown["count"] == 1
+
+
+def test_the_failure_of_an_edited_call_is_recorded_in_the_words_of_its_client() -> None:
+    call = make_waiting_call(make_session())
+    decide(call, EDIT)
+
+    acceptance.tool_result(ToolResult("s", call.pk, error="disk full"), CALLER)
+
+    assert facts("tool.execution.failed")[-1]["error_message"] == "disk full"
+    assert json.loads(tool_messages()[0]["content"])["result"] == "Error: disk full"

@@ -60,7 +60,7 @@ class AlreadyDecided(Conflict):
     code = "already_decided"
 
     def __init__(self, request: ApprovalRequest) -> None:
-        made = Decision.objects.filter(request=request).first()
+        made = getattr(request, "decision", None)
         if made is None:  # a row that somebody damaged is no reason to fail
             super().__init__("Already decided.")
             return

@@ -158,8 +158,7 @@ def read(text: str, session_id: str) -> Inbound:
     try:
         message = read_json(body, "application/json")
     except APIError as error:
-        detail = error.detail if isinstance(error.detail, str) else error.detail[0]["msg"]
-        raise Unreadable(f"Invalid JSON message: {detail}") from None
+        raise Unreadable(f"Invalid JSON message: {error.message}") from None
     if not isinstance(message, dict):
         raise Unreadable("Invalid JSON message: it has to be an object")
     kind = message.get("type")

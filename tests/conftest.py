@@ -49,9 +49,15 @@ def shared_server(
 
 @pytest.fixture
 def played(shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
-    """The module's model for one test: its script has to be played to the end, and no history may be refused."""
-    seen = len(shared_llm.refused)
+    """The module's model for one test: its script has to be played to the end, and no history may be refused.
+
+    What a test leaves of its script, when it fails, or sets by default is not played to the next.
+    """
+    seen, default = len(shared_llm.refused), shared_llm.default
     shared_llm.route_to = "coder"
     yield shared_llm
-    assert shared_llm.unplayed == 0
+    left = shared_llm.unplayed
+    shared_llm.forget()
+    shared_llm.default = default
+    assert left == 0
     assert shared_llm.refused[seen:] == []

@@ -305,6 +305,12 @@ class ScriptedLLM:
         with self._changed:
             self._script.extend(replies)
 
+    def forget(self) -> None:
+        """Drop what is queued and has not been played."""
+        with self._changed:
+            self._script.clear()
+            self._routes.clear()
+
     def route(self, *replies: Reply | str) -> None:
         """Queue replies to routing requests: names of agents, or any reply."""
         with self._changed:

@@ -22,26 +22,6 @@ READ = {"path": "a.md"}
 WRITE = {"path": "a.md", "content": "x"}
 
 
-@pytest.fixture(scope="module")
-def shared_server(
-    tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path
-) -> Iterator[Server]:
-    """The module's server. It sends no heartbeat that would keep a client waiting for a turn that is stuck."""
-    settings = {"LLM_BASE_URL": shared_llm.url, "STREAM_HEARTBEAT_SECONDS": "60"}
-    with running(tmp_path_factory.mktemp("shared"), migrated, **settings) as started:
-        yield started
-
-
-@pytest.fixture
-def played(played: ScriptedLLM) -> Iterator[ScriptedLLM]:
-    """The module's model; what one test leaves of its script is not played to the next."""
-    yield played
-    left = played.unplayed
-    played._script.clear()
-    played.default = say("ok")
-    assert left == 0
-
-
 @pytest.fixture
 def server(shared_server: Server, played: ScriptedLLM) -> Server:
     return shared_server

@@ -159,6 +159,7 @@ class ApprovalRequest(models.Model):
             models.Index(fields=["status", "id"], name="approval_by_status"),
             models.Index(fields=["session", "status", "id"], name="approval_by_session"),
         ]
+        permissions = [("decide_approvalrequest", "Can decide on waiting tool calls")]
 
     def __str__(self) -> str:
         return f"{self.tool_name} {self.call_id}"
@@ -166,6 +167,14 @@ class ApprovalRequest(models.Model):
     @property
     def arguments(self) -> dict[str, Any]:
         return stored_object(self.arguments_text)
+
+
+class PendingApproval(ApprovalRequest):
+    """The approval queue: a page of its own in the admin."""
+
+    class Meta:
+        proxy = True
+        verbose_name = "waiting approval"
 
 
 class Decision(models.Model):

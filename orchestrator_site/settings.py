@@ -76,6 +76,7 @@ INSTALLED_APPS = [
     # Before staticfiles it makes `runserver` an ASGI server. Importing it costs half a second, so nobody else pays.
     *(["daphne"] if "runserver" in sys.argv else []),
     "unfold",
+    "unfold.contrib.filters",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -84,6 +85,8 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
     "axes",
     "rest_framework",
+    "django_eventstream",
+    "django_svelte_jsoneditor",
     "events_app",
     "sessions_app",
     "agents_app",
@@ -105,7 +108,7 @@ MIDDLEWARE = [
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
-        "DIRS": [],
+        "DIRS": [BASE_DIR / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
             "context_processors": [

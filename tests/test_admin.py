@@ -229,15 +229,21 @@ def everything() -> dict[str, list[Any]]:
 # --- Who may see what ------------------------------------------------------------------------------------------
 
 
-def test_the_groups_may_read_and_nothing_else() -> None:
-    reading = {f"view_{model._meta.model_name}" for model in CONVERSATIONS}
-    records = {f"view_{model._meta.model_name}" for model in RECORDS}
+def test_the_groups_may_read_and_operators_alone_decide() -> None:
+    reading = {f"view_{model._meta.model_name}" for model in CONVERSATIONS} | {
+        "view_toolcall",
+        "view_pendingapproval",
+        "view_approvalrequest",
+        "view_tool",
+        "view_approvalrule",
+    }
+    records = {f"view_{model._meta.model_name}" for model in RECORDS} | {"view_auditentry"}
 
     granted = {
         group.name: set(group.permissions.values_list("codename", flat=True)) for group in Group.objects.order_by("pk")
     }
 
-    assert granted == {"operators": reading, "auditors": reading | records}
+    assert granted == {"operators": reading | {"decide_approvalrequest"}, "auditors": reading | records}
 
 
 @pytest.mark.parametrize("model", PAST)

@@ -102,12 +102,15 @@ AUDITED = (ArgumentsChanged, PolicyChanged, SelfApprovalForbidden, EditRefused)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What somebody wants to become of a request. `args_hash`: of the arguments that were looked at, if told."""
+    """What somebody wants to become of a request. `args_hash`: of the arguments that were looked at, if told;
+    `considered_ms`: for how long, where that is known.
+    """
 
     verdict: Verdict
     arguments: dict[str, Any] | None = None
     feedback: str | None = None
     args_hash: str | None = None
+    considered_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,7 @@ def decide(
         args_hash=hash_after,
         decided_at=timezone.now(),
     )
-    _write_down(session, approval, made, by, implicit=result is not None)
+    _write_down(session, approval, made, by, choice, implicit=result is not None)
     chunks = [_resolved(call, made), *_carry_out(session, call, made, result)]
     goes_on = choice.verdict in BY_A_PERSON and not call.is_open and call.turn.go_on()
     closes = choice.verdict in BY_A_PERSON and not goes_on
@@ -282,13 +285,13 @@ def _ensure_may_decide(approval: ApprovalRequest, choice: Choice, by: Caller) ->
         raise _not_by_oneself()
     if choice.verdict == Verdict.REJECT:
         return
-    arguments = choice.arguments if choice.arguments is not None else call.arguments
-    try:
-        ruling = _judge_again(call, arguments)
-    except CallRefused as refused:
-        if choice.verdict == Verdict.EDIT:
-            raise EditRefused(refused.message, "body", "modified_arguments", *refused.path, kind=refused.code) from None
-        raise PolicyChanged(refused.message) from None
+    if choice.arguments is not None:
+        ruling = judge_edit(call, choice.arguments)
+    else:
+        try:
+            ruling = _judge_again(call, call.arguments)
+        except CallRefused as refused:
+            raise PolicyChanged(refused.message) from None
     # A rule that has become stricter holds for what waits already.
     if ruling.outcome == Ruled.ASK and not ruling.self_approval and not by.is_operator:
         raise _not_by_oneself()
@@ -296,6 +299,14 @@ def _ensure_may_decide(approval: ApprovalRequest, choice: Choice, by: Caller) ->
 
 def _not_by_oneself() -> SelfApprovalForbidden:
     return SelfApprovalForbidden("Somebody else has to decide on this call.")
+
+
+def judge_edit(call: ToolCall, arguments: dict[str, Any]) -> Ruling:
+    """What the rules say of other arguments for a waiting call. Raises EditRefused when they may not run."""
+    try:
+        return _judge_again(call, arguments)
+    except CallRefused as refused:
+        raise EditRefused(refused.message, "body", "modified_arguments", *refused.path, kind=refused.code) from None
 
 
 def _judge_again(call: ToolCall, arguments: dict[str, Any]) -> Ruling:
@@ -326,9 +337,12 @@ def _hash_of(call: ToolCall, text: str) -> str:
     return args_hash(call.session_id, call.pk, call.tool_name, call.tool_version, text)
 
 
-def _write_down(session: Session, approval: ApprovalRequest, made: Decision, by: Caller, *, implicit: bool) -> None:
+def _write_down(
+    session: Session, approval: ApprovalRequest, made: Decision, by: Caller, choice: Choice, *, implicit: bool
+) -> None:
     """The audit entry and the fact. `implicit`: told by a result, not by a decision."""
     call = approval.call
+    considered: dict[str, Any] = {} if choice.considered_ms is None else {"considered_ms": choice.considered_ms}
     log.audit(
         by,
         f"approval.{made.verdict}",
@@ -340,6 +354,7 @@ def _write_down(session: Session, approval: ApprovalRequest, made: Decision, by:
         args_hash_after=made.args_hash,
         modified_arguments=made.edited_arguments,
         implicit=implicit,
+        **considered,
     )
     log.record(
         lifecycle.fact(

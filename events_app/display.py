@@ -5,6 +5,8 @@ except `box`, `badge` and `link`, which return finished elements and escape what
 """
 
 import json
+import re
+import unicodedata
 from datetime import datetime
 from typing import Any
 
@@ -31,10 +33,24 @@ INVISIBLE = [
 # A table, because a text may consist of nothing else, and two hundred thousand calls per text would be felt.
 WRITTEN_OUT = {number: f"⟨U+{number:04X}⟩" for first, last in INVISIBLE for number in range(first, last + 1)}
 
+SPELLED = {number: json.dumps(chr(number))[1:-1] for number in WRITTEN_OUT if number > 0x1F and number != 0x7F}
+LOOK_ALIKE = {"LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE", "COPTIC", "FULLWIDTH", "MATHEMATICAL"}
+
 
 def visible(text: str) -> str:
     """The text with everything that hides or reorders text written out, as in ⟨U+202E⟩."""
     return str(text).translate(WRITTEN_OUT)
+
+
+def odd_words(text: str) -> list[str]:
+    """Words with letters of more than one alphabet that look alike, as in a Cyrillic а between Latin letters."""
+    words = {word for word in re.findall(r"\w+", text) if not word.isascii()}
+    return sorted(visible(word) for word in words if len({_alphabet(letter) for letter in word} - {""}) > 1)
+
+
+def _alphabet(letter: str) -> str:
+    name = unicodedata.name(letter, "").partition(" ")[0]
+    return name if name in LOOK_ALIKE else ""
 
 
 def clipped(text: str | None, limit: int = LINE_CHARS) -> str:
@@ -48,6 +64,11 @@ def clipped(text: str | None, limit: int = LINE_CHARS) -> str:
 def as_json(data: Any) -> str:
     """Indented, with letters of any script readable; to be shown like any other text of a client."""
     return json.dumps(data, indent=2, ensure_ascii=False)
+
+
+def escaped_json(data: Any) -> str:
+    """The same to be edited: what hides or reorders text is spelled as JSON spells it, which means the same."""
+    return as_json(data).translate(SPELLED)
 
 
 def moment(value: datetime | None) -> str:

@@ -162,6 +162,7 @@ AXES_LOCKOUT_PARAMETERS = [["username", "ip_address"]]
 AXES_VERBOSE = False
 # Its pages would show the user names and browsers that strangers make up, as they are.
 AXES_ENABLE_ADMIN = False
+LOGIN_REDIRECT_URL = "/admin/"
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_SECURE = BEHIND_HTTPS
@@ -173,6 +174,9 @@ SECURE_HSTS_INCLUDE_SUBDOMAINS = BEHIND_HTTPS
 SECURE_HSTS_PRELOAD = BEHIND_HTTPS
 SECURE_SSL_REDIRECT = BEHIND_HTTPS
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if BEHIND_HTTPS else None
+
+# Open pages are told when to read again. Without its storage and without Redis: what it says may be lost.
+EVENTSTREAM_CHANNELMANAGER_CLASS = "events_app.changes.Channels"
 
 UNFOLD = {
     "SITE_TITLE": "Countersign",
@@ -225,6 +229,7 @@ LOGGING = {
         "uvicorn.access": {"level": "CRITICAL"},
         "daphne": {"level": "WARNING"},
         "axes": {"level": "WARNING"},
+        "django_eventstream": {"level": "WARNING"},
     },
 }
 VERSION = "0.1.0"

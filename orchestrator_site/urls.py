@@ -8,6 +8,7 @@ import agents_app.urls
 import events_app.urls
 import messages_app.urls
 import sessions_app.urls
+from events_app.changes import changes
 from events_app.database import on_database_thread
 from events_app.views import SessionMetricsView
 from orchestrator_site.http import SESSION_PATH
@@ -32,6 +33,7 @@ contract: list[URLPattern | URLResolver] = [
     path("", include(events_app.urls)),
 ]
 urlpatterns = [
+    path("admin/changes/", changes, name="changes"),
     path("admin/", admin.site.urls),
     path("admin", RedirectView.as_view(url="/admin/")),
     *contract,

@@ -1,0 +1,159 @@
+"""Telling open admin pages to read again: which channels there are, who may listen, who says that something changed.
+
+Pages are told that they are out of date, never what is new: what they show they read from the database, with the rights
+of whoever looks. So a message that is lost or doubled does no harm. django-eventstream carries it, without its storage.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from django.contrib.auth import get_user_model
+from django.core.exceptions import PermissionDenied
+from django.db.models import Max
+from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest
+from django.http.response import HttpResponseBase
+from django.views.decorators.http import require_safe
+from django_eventstream import send_event
+from django_eventstream.channelmanager import ChannelManagerBase
+from django_eventstream.views import events, get_listener_manager
+
+from events_app.database import read
+from events_app.models import Event
+from events_app.stream import Place, TooManyStreams
+from orchestrator_site.http import SESSION_ID
+
+logger = logging.getLogger(__name__)
+
+APPROVALS = "approvals"
+SESSION = "session-"
+# Facts by which the approval queue changes; a session's page changes by every fact of its session.
+OF_APPROVALS = {"tool.approval.required", "hitl.decision.made"}
+PERMISSIONS = {APPROVALS: "agents_app.view_approvalrequest", SESSION: "sessions_app.view_session"}
+MAX_CHANNELS = 2
+LOOK_SECONDS = 0.25
+RECHECK_SECONDS = 3
+PAGE = 1_000
+
+
+def kind_of(channel: str) -> str | None:
+    """Which permission a channel needs, by its name; None for one that does not exist."""
+    if channel == APPROVALS:
+        return APPROVALS
+    return SESSION if re.fullmatch(f"{SESSION}{SESSION_ID}", channel) else None
+
+
+class Channels(ChannelManagerBase):
+    """Who may listen to what: denied unless a permission says otherwise."""
+
+    def get_channels_for_request(self, request: HttpRequest, view_kwargs: dict[str, Any]) -> set[str]:
+        return set(request.GET.getlist("channel"))
+
+    def can_read_channel(self, user: Any, channel: str) -> bool:
+        kind = kind_of(channel)
+        is_staff = user is not None and user.is_active and user.is_staff
+        return bool(kind and is_staff and user.has_perm(PERMISSIONS[kind]))
+
+    def is_channel_reliable(self, channel: str) -> bool:
+        return False
+
+
+@require_safe
+def changes(request: HttpRequest) -> HttpResponseBase:
+    """GET /admin/changes/?channel=approvals&channel=session-<id>: says `changed` whenever a page should read again."""
+    # The library reads more parameters than these, such as signed ones that name another user.
+    if set(request.GET) != {"channel"} or len(request.GET.getlist("channel")) > MAX_CHANNELS:
+        return HttpResponseBadRequest("Name one or two channels and nothing else.")
+    manager = Channels()
+    if not all(manager.can_read_channel(request.user, channel) for channel in request.GET.getlist("channel")):
+        raise PermissionDenied
+    if request.method == "HEAD":
+        return HttpResponse(content_type="text/event-stream")
+    # A page never resumes: it reads everything again.
+    request.META.pop("HTTP_LAST_EVENT_ID", None)
+    try:
+        with Place() as place:
+            told = events(request)
+            return place.response(_watched(told.streaming_content))
+    except TooManyStreams as refusal:
+        return HttpResponse(refusal.message, status=refusal.status, headers=refusal.headers)
+
+
+async def _watched(parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    watch.ensure_running()
+    async for part in parts:
+        yield part
+
+
+class Watch:
+    """Follows the table of events while somebody listens: facts of this process and of every other one alike."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[None] | None = None
+
+    def ensure_running(self) -> None:
+        """Start on the running loop, unless it runs there; it ends with the last listener."""
+        task = self._task
+        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        newest: int | None = None
+        looks = 0
+        while True:
+            try:
+                newest = await self._look(newest)
+                looks += 1
+                if looks % round(RECHECK_SECONDS / LOOK_SECONDS) == 0:
+                    await self._send_away()
+            except Exception:
+                # The database is away or locked: pages learn of what they miss when it is back.
+                logger.exception("changes_unreadable")
+            await asyncio.sleep(LOOK_SECONDS)
+            if not _listeners():
+                return
+
+    async def _look(self, newest: int | None) -> int:
+        """Say what has changed since the fact with this number, and return the newest."""
+        # Whoever listens reads once more when its stream opens, so the first look need not tell of anything.
+        last, channels = await read(_since, newest)
+        for channel in channels & set(_listeners()):
+            send_event(channel, "changed", {})
+        return last
+
+    async def _send_away(self) -> None:
+        """End the streams of those who may not listen any more: who was disabled, or lost a right."""
+        listening = [(listener.user_id, channel) for channel, each in _listeners().items() for listener in each]
+        for user_id, channel in await read(_refused, set(listening)):
+            get_listener_manager().kick(user_id, channel)
+
+
+def _listeners() -> dict[str, set[Any]]:
+    manager = get_listener_manager()
+    with manager.lock:
+        return {channel: set(listeners) for channel, listeners in manager.listeners_by_channel.items()}
+
+
+def _since(newest: int | None) -> tuple[int, set[str]]:
+    last = Event.objects.aggregate(last=Max("id"))["last"] or 0
+    if newest is None or last <= newest:
+        return last, set()
+    # After a long pause, or under a heavy load, the latest are enough: every page hears of its session again soon.
+    facts = Event.objects.filter(id__gt=max(newest, last - PAGE)).values_list("session_id", "event_type")
+    channels = set()
+    for session_id, event_type in facts:
+        channels.add(f"{SESSION}{session_id}")
+        if event_type in OF_APPROVALS:
+            channels.add(APPROVALS)
+    return last, channels
+
+
+def _refused(listening: set[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    users = get_user_model().objects.in_bulk({user_id for user_id, _ in listening})
+    manager = Channels()
+    return [(who, channel) for who, channel in listening if not manager.can_read_channel(users.get(who), channel)]
+
+
+watch = Watch()

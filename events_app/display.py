@@ -33,7 +33,8 @@ INVISIBLE = [
 # A table, because a text may consist of nothing else, and two hundred thousand calls per text would be felt.
 WRITTEN_OUT = {number: f"⟨U+{number:04X}⟩" for first, last in INVISIBLE for number in range(first, last + 1)}
 
-SPELLED = {number: json.dumps(chr(number))[1:-1] for number in WRITTEN_OUT if number > 0x1F and number != 0x7F}
+# DEL is the one that `json.dumps` leaves as it is.
+SPELLED = {number: json.dumps(chr(number))[1:-1] for number in WRITTEN_OUT} | {0x7F: "\\u007f"}
 LOOK_ALIKE = {"LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE", "COPTIC", "FULLWIDTH", "MATHEMATICAL"}
 
 

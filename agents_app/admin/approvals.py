@@ -16,6 +16,7 @@ from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 from django.utils.html import format_html
 from django.utils.http import urlencode
+from rest_framework.exceptions import ValidationError
 from unfold.contrib.filters.admin import FieldTextFilter, RangeDateTimeFilter
 from unfold.decorators import display
 
@@ -27,7 +28,7 @@ from agents_app.models import ApprovalRequest, Decision, PendingApproval
 from events_app.admin import BrowseOnlyAdmin, session_link
 from events_app.changes import APPROVALS, SESSION
 from events_app.display import EMPTY, badge, clipped, link, moment, visible
-from orchestrator_site.errors import APIError, Unavailable
+from orchestrator_site.errors import APIError, Unavailable, from_validation
 from orchestrator_site.http import read_json, wire_time
 from sessions_app.callers import Caller
 
@@ -271,7 +272,7 @@ class ApprovalRequestAdmin(AboutCall, BrowseOnlyAdmin):
             return HttpResponseNotAllowed(["POST"])
         approval = self._one_to_decide(request, pk)
         try:
-            choice = choice_in({"decision": "edit", "modified_arguments": _edited(request)})
+            choice = _read({"decision": "edit", "modified_arguments": _edited(request)})
             approvals.judge_edit(approval.call, choice.arguments or {})
         except APIError as refusal:
             return JsonResponse({"error": visible(refusal.message), "changes": ""})
@@ -344,8 +345,16 @@ def _choice(request: HttpRequest, approval: ApprovalRequest, verdict: str, *, se
     body = {"decision": verdict, "feedback": feedback or None, "args_hash": args_hash}
     if verdict == "edit":
         body["modified_arguments"] = _edited(request)
-    choice = choice_in(body)
+    choice = _read(body)
     return Choice(choice.verdict, choice.arguments, choice.feedback, choice.args_hash, considered_ms)
+
+
+def _read(body: dict[str, Any]) -> Choice:
+    """As over REST, and every complaint as an APIError."""
+    try:
+        return choice_in(body)
+    except ValidationError as complaint:
+        raise from_validation(complaint, "body") from None
 
 
 def _edited(request: HttpRequest) -> Any:

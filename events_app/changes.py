@@ -22,7 +22,7 @@ from django_eventstream.views import events, get_listener_manager
 
 from events_app.database import read
 from events_app.models import Event
-from events_app.stream import Place, TooManyStreams
+from events_app.stream import Place, TooManyStreams, release_thread
 from orchestrator_site.http import SESSION_ID
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Channels(ChannelManagerBase):
     def can_read_channel(self, user: Any, channel: str) -> bool:
         kind = kind_of(channel)
         is_staff = user is not None and user.is_active and user.is_staff
-        return bool(kind and is_staff and user.has_perm(PERMISSIONS[kind]))
+        return bool(kind and is_staff and user.has_perm(PERMISSIONS[kind]) and not watch.sends_away(user.pk, channel))
 
     def is_channel_reliable(self, channel: str) -> bool:
         return False
@@ -63,6 +63,10 @@ class Channels(ChannelManagerBase):
 @require_safe
 def changes(request: HttpRequest) -> HttpResponseBase:
     """GET /admin/changes/?channel=approvals&channel=session-<id>: says `changed` whenever a page should read again."""
+    # A page never resumes: it reads everything again.
+    request.META.pop("HTTP_LAST_EVENT_ID", None)
+    request.GET = request.GET.copy()
+    request.GET.pop("lastEventId", None)
     # The library reads more parameters than these, such as signed ones that name another user.
     if set(request.GET) != {"channel"} or len(request.GET.getlist("channel")) > MAX_CHANNELS:
         return HttpResponseBadRequest("Name one or two channels and nothing else.")
@@ -71,8 +75,6 @@ def changes(request: HttpRequest) -> HttpResponseBase:
         raise PermissionDenied
     if request.method == "HEAD":
         return HttpResponse(content_type="text/event-stream")
-    # A page never resumes: it reads everything again.
-    request.META.pop("HTTP_LAST_EVENT_ID", None)
     try:
         with Place() as place:
             told = events(request)
@@ -84,6 +86,8 @@ def changes(request: HttpRequest) -> HttpResponseBase:
 async def _watched(parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
     watch.ensure_running()
     async for part in parts:
+        # The library asked on a thread of its own whether this person may listen.
+        release_thread()
         yield part
 
 
@@ -92,12 +96,26 @@ class Watch:
 
     def __init__(self) -> None:
         self._task: asyncio.Task[None] | None = None
+        self._refused: set[tuple[Any, str]] = set()
+        self._is_stopping = False
+
+    def sends_away(self, user_id: Any, channel: str) -> bool:
+        """Whether a stream that asks once more has to end, though its request's user had the right."""
+        return self._is_stopping or (user_id, channel) in self._refused
 
     def ensure_running(self) -> None:
         """Start on the running loop, unless it runs there; it ends with the last listener."""
         task = self._task
         if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
             self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def close_all(self) -> None:
+        """The server stops: every page's stream ends, and is opened again when there is a server. From any thread."""
+        # Who is sent away asks once more whether it may listen; now nobody may.
+        self._is_stopping = True
+        task = self._task
+        if task is not None and not task.done():
+            task.get_loop().call_soon_threadsafe(_end_all)
 
     async def _run(self) -> None:
         newest: int | None = None
@@ -126,7 +144,8 @@ class Watch:
     async def _send_away(self) -> None:
         """End the streams of those who may not listen any more: who was disabled, or lost a right."""
         listening = [(listener.user_id, channel) for channel, each in _listeners().items() for listener in each]
-        for user_id, channel in await read(_refused, set(listening)):
+        self._refused = await read(_refused, set(listening))
+        for user_id, channel in self._refused:
             get_listener_manager().kick(user_id, channel)
 
 
@@ -134,6 +153,12 @@ def _listeners() -> dict[str, set[Any]]:
     manager = get_listener_manager()
     with manager.lock:
         return {channel: set(listeners) for channel, listeners in manager.listeners_by_channel.items()}
+
+
+def _end_all() -> None:
+    for channel, listeners in _listeners().items():
+        for listener in listeners:
+            get_listener_manager().kick(listener.user_id, channel)
 
 
 def _since(newest: int | None) -> tuple[int, set[str]]:
@@ -150,10 +175,10 @@ def _since(newest: int | None) -> tuple[int, set[str]]:
     return last, channels
 
 
-def _refused(listening: set[tuple[Any, str]]) -> list[tuple[Any, str]]:
+def _refused(listening: set[tuple[Any, str]]) -> set[tuple[Any, str]]:
     users = get_user_model().objects.in_bulk({user_id for user_id, _ in listening})
     manager = Channels()
-    return [(who, channel) for who, channel in listening if not manager.can_read_channel(users.get(who), channel)]
+    return {(who, channel) for who, channel in listening if not manager.can_read_channel(users.get(who), channel)}
 
 
 watch = Watch()

@@ -143,7 +143,7 @@ class Place:
         return response
 
     async def _held(self, parts: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-        _release_thread()
+        release_thread()
         try:
             async with aclosing(parts):
                 async for part in parts:
@@ -152,7 +152,7 @@ class Place:
             self.give_back()
 
 
-def _release_thread() -> None:
+def release_thread() -> None:
     """Give back the thread that Django holds for an ASGI request as long as the request is open.
 
     Its signal handlers run in a one-thread executor per request (asgiref's thread-sensitive context), made for the

@@ -51,6 +51,7 @@ def serve() -> None:
     import uvicorn
     from django.conf import settings
 
+    from events_app.changes import watch
     from events_app.feed import feed
 
     class Server(uvicorn.Server):
@@ -58,6 +59,7 @@ def serve() -> None:
             sys.stdout.write("\nStopping. A turn that is running goes on with the next start.\n")
             sys.stdout.flush()
             feed.close_all()
+            watch.close_all()
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(

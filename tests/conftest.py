@@ -1,7 +1,10 @@
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from tests.scripted_llm import ScriptedLLM
 from tests.server import Server, running
@@ -61,3 +64,45 @@ def played(shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
     shared_llm.default = default
     assert left == 0
     assert shared_llm.refused[seen:] == []
+
+
+# --- A real browser ------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "browser: needs an installed Chromium")
+    if CHROMIUM is None and os.environ.get("CI"):
+        raise pytest.UsageError("There is no Chromium, and on CI the tests with a browser have to run.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if CHROMIUM is None:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("browser")])
+        items[:] = [item for item in items if not item.get_closest_marker("browser")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if CHROMIUM is None:
+        terminalreporter.write_line("There is no Chromium: the tests with a browser were left out.")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # Its own sandbox needs rights that a container does not have; it opens pages of ours alone.
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def staffed(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
+    """A fresh installation's database with people in it: operators, an auditor, and the admin."""
+    made = Server(tmp_path_factory.mktemp("staffed"))
+    made.http.close()
+    shutil.copy(migrated, made.database)
+    outcome = made.manage("shell", "-c", "from tests.people import hire; hire()")
+    assert outcome.returncode == 0, outcome.stderr
+    return made.database

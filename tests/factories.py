@@ -8,7 +8,7 @@ from typing import Any
 from django.db.models.functions import Now
 
 from agents_app.llm import CallWanted, FinishedStep
-from agents_app.models import ApprovalRule
+from agents_app.models import ApprovalRequest, ApprovalRule
 from messages_app import acceptance, claims, steps
 from messages_app.inbound import UserMessage
 from messages_app.models import Message
@@ -117,3 +117,43 @@ def make_waiting_call(
     if tool == "switch_mode" or not self_approval:
         ApprovalRule.objects.create(position=0, tool=tool, outcome="ask", self_approval=self_approval)
     return make_calls(session, wanted(tool, arguments))[0]
+
+
+def many_waiting(like: ApprovalRequest, count: int) -> None:
+    """Requests beside one, each in a session of its own, as rows."""
+    call = ToolCall.objects.select_related("turn").get(pk=like.call_id)
+    sessions = [Session(pk=f"many{n}", account_id=1, current_agent="coder") for n in range(count)]
+    turns = [Turn(session=session, position=1, status="waiting") for session in sessions]
+    calls = [
+        ToolCall(
+            session=turn.session,
+            turn=turn,
+            round=1,
+            position=0,
+            agent="coder",
+            tool_name=call.tool_name,
+            tool_version=1,
+            arguments_text=call.arguments_text,
+            args_hash="0" * 64,
+            requires_approval=True,
+            status="waiting",
+        )
+        for turn in turns
+    ]
+    requests = [
+        ApprovalRequest(
+            call=each,
+            session=each.session,
+            tool_name=each.tool_name,
+            arguments_text=each.arguments_text,
+            args_hash=each.args_hash,
+            rule=like.rule,
+            reason=like.reason,
+            self_approval=True,
+        )
+        for each in calls
+    ]
+    Session.objects.bulk_create(sessions)
+    Turn.objects.bulk_create(turns)
+    ToolCall.objects.bulk_create(calls)
+    ApprovalRequest.objects.bulk_create(requests)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from django.core import signing
 from django.db import connection
-from django.http import HttpResponse
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
@@ -31,6 +30,7 @@ from tests.factories import (
     make_calls,
     make_session,
     make_waiting_call,
+    many_waiting,
     wanted,
 )
 from tests.pages import CONTROLS, INJECTIONS, RAW, TRICKS, Page, logged_in, staff
@@ -153,46 +153,6 @@ def test_a_thousand_waiting_cost_no_more_queries_than_one(olga: Client) -> None:
 
     assert "1000 waiting" in text_of(answer)
     assert len(thousand) == len(one) <= 12
-
-
-def many_waiting(like: ApprovalRequest, count: int) -> None:
-    """Requests beside one, each in a session of its own, as rows."""
-    call = ToolCall.objects.select_related("turn").get(pk=like.call_id)
-    sessions = [Session(pk=f"many{n}", account_id=1, current_agent="coder") for n in range(count)]
-    turns = [Turn(session=session, position=1, status="waiting") for session in sessions]
-    calls = [
-        ToolCall(
-            session=turn.session,
-            turn=turn,
-            round=1,
-            position=0,
-            agent="coder",
-            tool_name=call.tool_name,
-            tool_version=1,
-            arguments_text=call.arguments_text,
-            args_hash="0" * 64,
-            requires_approval=True,
-            status="waiting",
-        )
-        for turn in turns
-    ]
-    requests = [
-        ApprovalRequest(
-            call=each,
-            session=each.session,
-            tool_name=each.tool_name,
-            arguments_text=each.arguments_text,
-            args_hash=each.args_hash,
-            rule=like.rule,
-            reason=like.reason,
-            self_approval=True,
-        )
-        for each in calls
-    ]
-    Session.objects.bulk_create(sessions)
-    Turn.objects.bulk_create(turns)
-    ToolCall.objects.bulk_create(calls)
-    ApprovalRequest.objects.bulk_create(requests)
 
 
 # --- Who may -----------------------------------------------------------------------------------------------------
@@ -725,7 +685,7 @@ def fill(text: str) -> None:
     Account.objects.update(name=text[:100])
 
 
-def hostile_pages(olga: Client) -> Callable[[], dict[str, HttpResponse]]:
+def hostile_pages(olga: Client) -> Callable[[], dict[str, Any]]:
     shown = waiting("write_file", session_id="shown")
     command = waiting("execute_command", session_id="command")
     decided = waiting("write_file", session_id="decided")

@@ -33,7 +33,7 @@ function live(merge) {
     try {
       const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-      if (!answer.ok) throw new Error(answer.status);
+      if (!answer.ok && answer.status !== 403) throw new Error(answer.status);
       if (!page.getElementById("live")) {
         source.close();
         clearTimeout(silence);

@@ -65,8 +65,9 @@ def changes(request: HttpRequest) -> HttpResponseBase:
     """GET /admin/changes/?channel=approvals&channel=session-<id>: says `changed` whenever a page should read again."""
     # A page never resumes: it reads everything again.
     request.META.pop("HTTP_LAST_EVENT_ID", None)
-    request.GET = request.GET.copy()
-    request.GET.pop("lastEventId", None)
+    query = request.GET.copy()
+    query.pop("lastEventId", None)
+    request.GET = query  # type: ignore[assignment]
     # The library reads more parameters than these, such as signed ones that name another user.
     if set(request.GET) != {"channel"} or len(request.GET.getlist("channel")) > MAX_CHANNELS:
         return HttpResponseBadRequest("Name one or two channels and nothing else.")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Error, Page, Request
 
 OPERATORS = ("olga", "omar")
 AUDITOR = "alan"
@@ -50,6 +50,13 @@ class Desk:
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.complaints.append(f"console: {message.text}")
 
+    def note_error(self, error: Error) -> None:
+        self.complaints.append(f"page: {error}")
+
+    def note_alert(self, dialog: Dialog) -> None:
+        self.complaints.append(f"alert: {dialog.message}")
+        dialog.dismiss()
+
     def check(self, request: Request) -> None:
         host = urlsplit(request.url).hostname
         if host not in (None, "127.0.0.1"):
@@ -66,8 +73,8 @@ def at_work(browser: Browser, url: str, name: str, *, theme: str = "light") -> I
     context.set_default_timeout(WAIT_MS)
     desk = Desk(context.new_page(), url)
     desk.page.on("console", desk.note)
-    desk.page.on("pageerror", lambda error: desk.complaints.append(f"page: {error}"))
-    desk.page.on("dialog", lambda dialog: (desk.complaints.append(f"alert: {dialog.message}"), dialog.dismiss()))
+    desk.page.on("pageerror", desk.note_error)
+    desk.page.on("dialog", desk.note_alert)
     desk.page.on("request", desk.check)
     try:
         desk.open("/admin/")

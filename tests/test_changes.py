@@ -134,10 +134,14 @@ def test_pages_hear_of_requests_and_decisions_and_of_their_session_alone(office:
         assert next(quiet) == next(queue) == "changed"
 
 
-def test_pages_hear_of_what_another_process_did(office: Server) -> None:
+def test_pages_hear_of_what_another_process_did(office: Server, played: ScriptedLLM) -> None:
+    call_id = ask(office, played, "elsewhere")
+    approve = f"from tests.factories import *; approvals.decide_by_id(CALLER, {call_id!r}, Choice(Verdict.APPROVE))"
     with logged_in(office, "olga") as client, listening(client, "approvals") as queue:
         outcome = office.manage(
-            "shell", "-c", "from tests.factories import *; make_waiting_call(make_session('elsewhere'))"
+            "shell",
+            "-c",
+            "from agents_app import approvals\nfrom agents_app.approvals import Choice, Verdict\n" + approve,
         )
         assert outcome.returncode == 0, outcome.stderr
         assert next(queue) == "changed"

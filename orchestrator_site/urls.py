@@ -11,6 +11,7 @@ import sessions_app.urls
 from events_app.database import on_database_thread
 from events_app.views import SessionMetricsView
 from orchestrator_site.http import SESSION_PATH
+from orchestrator_site.schema.views import docs, schema
 from orchestrator_site.views import HealthView
 from sessions_app.callers import Caller
 from sessions_app.models import Session
@@ -34,6 +35,8 @@ contract: list[URLPattern | URLResolver] = [
 urlpatterns = [
     path("admin/", admin.site.urls),
     path("admin", RedirectView.as_view(url="/admin/")),
+    path("schema", schema),
+    path("docs", docs),
     *contract,
     path("api/v1/", include(contract)),
 ]

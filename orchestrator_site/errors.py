@@ -107,7 +107,8 @@ def to_response(exception: Exception, context: dict[str, Any]) -> HttpResponse |
     error.code = str(exception.default_code)
     allowed = getattr(context["view"], "allowed_methods", None)
     if exception.status_code == 405 and allowed:
-        error.headers["Allow"] = ", ".join(allowed)
+        # DRF counts OPTIONS among them, which nothing answers here.
+        error.headers["Allow"] = ", ".join(method for method in allowed if method != "OPTIONS")
     raise error
 
 

@@ -87,6 +87,8 @@ INSTALLED_APPS = [
     "rest_framework",
     "django_eventstream",
     "django_svelte_jsoneditor",
+    "drf_spectacular_sidecar",
+    "orchestrator_site.schema",
     "events_app",
     "sessions_app",
     "agents_app",
@@ -197,9 +199,20 @@ REST_FRAMEWORK = {
     "DEFAULT_METADATA_CLASS": None,
     "DEFAULT_CONTENT_NEGOTIATION_CLASS": "orchestrator_site.http.AlwaysJSON",
     "EXCEPTION_HANDLER": "orchestrator_site.errors.to_response",
+    "DEFAULT_SCHEMA_CLASS": "orchestrator_site.schema.document.Described",
     "UNAUTHENTICATED_USER": None,
     "COMPACT_JSON": True,
     "UNICODE_JSON": False,
+}
+
+VERSION = "0.1.0"
+SPECTACULAR_SETTINGS = {
+    "OAS_VERSION": "3.1.0",
+    "TITLE": "Countersign",
+    "VERSION": VERSION,
+    "SERVERS": [{"url": "/"}, {"url": "/api/v1"}],
+    "POSTPROCESSING_HOOKS": ["orchestrator_site.schema.document.complete"],
+    "SORT_OPERATIONS": False,
 }
 
 # --- Logs: one line of JSON each, control characters escaped by the encoding ---------------------------------------
@@ -232,4 +245,3 @@ LOGGING = {
         "django_eventstream": {"level": "WARNING"},
     },
 }
-VERSION = "0.1.0"

@@ -12,6 +12,7 @@ from events_app.changes import changes
 from events_app.database import on_database_thread
 from events_app.views import SessionMetricsView
 from orchestrator_site.http import SESSION_PATH
+from orchestrator_site.schema.views import docs, schema
 from orchestrator_site.views import HealthView
 from sessions_app.callers import Caller
 from sessions_app.models import Session
@@ -36,6 +37,8 @@ urlpatterns = [
     path("admin/changes/", changes, name="changes"),
     path("admin/", admin.site.urls),
     path("admin", RedirectView.as_view(url="/admin/")),
+    path("schema", schema),
+    path("docs", docs),
     *contract,
     path("api/v1/", include(contract)),
 ]

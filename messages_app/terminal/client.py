@@ -168,12 +168,11 @@ class Client:
             except EOFError:
                 self._screen.line()
                 return None
-        line = sys.stdin.readline()
-        if not line:
-            return None
-        line = clean(line.rstrip("\r\n"))
-        self._screen.line(f"{prompt}{line}", "bold")
-        return line
+        self._screen.prompt(prompt)
+        line = clean(sys.stdin.readline())
+        # A terminal shows what is typed, a pipe does not.
+        self._screen.line(line.rstrip("\r\n"), "bold")
+        return line.rstrip("\r\n") if line else None
 
 
 def _workspace(directory: str) -> Workspace:

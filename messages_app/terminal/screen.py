@@ -9,6 +9,8 @@ from events_app.display import clipped, visible
 STYLES = {"quiet": "2", "bold": "1", "good": "32", "bad": "31", "attention": "33", "agent": "1;36"}
 SHOWN_LINES = 12
 LINE_CHARS = 400
+# What a call is about comes before its options.
+FIRST = ("path", "command", "query", "mode")
 DIFF_LINES = 30
 # Comparing takes the square of it.
 COMPARED_LINES = 2_000
@@ -21,18 +23,24 @@ class Screen:
     def __init__(self, out: TextIO, *, colours: bool) -> None:
         self._out = out
         self._colours = colours
-        # The pieces of the text that is being streamed, and the number of the last.
+        # What is shown of a text that is not whole yet, the number of its last piece, and whether a line of it is open.
         self._text: list[str] = []
         self._text_number = 0
+        self._is_open = False
 
     def line(self, text: str = "", style: str = "") -> None:
         """One line of the client's own, whatever is in the text."""
-        self._end_text()
+        self._end_line()
         self._write(self._styled(visible(" ".join(text.split("\n"))), style) + "\n")
+
+    def prompt(self, text: str) -> None:
+        """What a line is about to be read for."""
+        self._end_line()
+        self._write(visible(text))
 
     def block(self, text: str, style: str = "quiet", *, limit: int | None = SHOWN_LINES) -> None:
         """Somebody else's text, apart from the client's lines."""
-        self._end_text()
+        self._end_line()
         lines = text.split("\n")
         shown = lines if limit is None or len(lines) <= limit + 1 else lines[:limit]
         for line in shown:
@@ -43,8 +51,9 @@ class Screen:
 
     def piece(self, agent: str, text: str, number: int) -> None:
         """A piece of what an agent says."""
-        if not self._text:
+        if not self._is_open:
             self._write(self._styled(visible(agent), "agent") + "\n│ ")
+            self._is_open = True
         self._text.append(text)
         self._text_number = number
         self._write(visible(text).replace("\n", "\n│ "))
@@ -57,12 +66,13 @@ class Screen:
             shown = ""
         if rest := text[len(shown) :]:
             self.piece(agent, rest, number)
-        self._end_text()
+        self._end_line()
+        self._text = []
 
     def void(self, after: int) -> None:
         """The server begins the unfinished answer again: what was shown of it past a number is void."""
         if self._text and self._text_number > after:
-            self._end_text()
+            self._text = []
             self.line(
                 "[The text above is void: the server was interrupted, and begins this answer again.]", "attention"
             )
@@ -89,9 +99,9 @@ class Screen:
         if len(changed) > DIFF_LINES:
             self.line(f"    | … {len(changed) - DIFF_LINES:,} more lines", "quiet")
 
-    def _end_text(self) -> None:
-        if self._text:
-            self._text = []
+    def _end_line(self) -> None:
+        if self._is_open:
+            self._is_open = False
             self._write("\n")
 
     def _styled(self, text: str, style: str) -> str:
@@ -128,7 +138,7 @@ def told(outcome: dict[str, Any]) -> str:
 
 def _parted(arguments: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
     short, long = [], []
-    for name, value in arguments.items():
+    for name, value in sorted(arguments.items(), key=lambda item: (item[0] not in FIRST, item[0])):
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         if "\n" in text or len(text) > 80:
             long.append((name, text))

@@ -14,6 +14,7 @@ from agents_app.llm.base import MAX_ARGUMENT_BYTES
 from agents_app.models import ApprovalRequest
 from orchestrator_site.errors import Invalid, TooLarge
 from orchestrator_site.http import caller_in, json_body, text, whole_number, wire_time
+from sessions_app import lifecycle
 from sessions_app.models import Session, ToolCall
 from sessions_app.views import StrictText, validated
 
@@ -53,8 +54,18 @@ class OpenCallsView(APIView):
 
     def get(self, request: Request, session_id: str) -> Response:
         session = Session.objects.one_visible_to(caller_in(request), session_id)
+        # First: a call that comes in between is told twice then, here and in the stream, and not never.
+        position, turn_id = lifecycle.rejoining(session)
         calls = [opened(call) for call in session.calls.open().in_order() if approvals.is_sound(call)]
-        return Response({"session_id": session.pk, "open_calls": calls, "count": len(calls)})
+        return Response(
+            {
+                "session_id": session.pk,
+                "open_calls": calls,
+                "count": len(calls),
+                "open_turn": str(turn_id) if turn_id else None,
+                "position": position,
+            }
+        )
 
 
 class ApprovalsView(APIView):

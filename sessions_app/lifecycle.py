@@ -8,6 +8,8 @@ import uuid
 from typing import Any
 
 from django.db import IntegrityError, transaction
+from django.db.models import OuterRef, Subquery
+from django.db.models.functions import Now
 
 from events_app import log
 from events_app.chunks import Chunk, encode
@@ -17,7 +19,7 @@ from events_app.models import Event
 from orchestrator_site.errors import Invalid
 from orchestrator_site.http import SESSION_ID
 from sessions_app.callers import Caller
-from sessions_app.models import Session, SessionIdTaken, UnknownSession, new_id
+from sessions_app.models import Session, SessionIdTaken, Turn, UnknownSession, new_id
 
 
 def valid_session_id(session_id: str) -> str:
@@ -70,6 +72,18 @@ def position(session: Session) -> int:
     """
     live = session.live_turn()
     return live.settled_seq if live is not None else session.next_seq - 1
+
+
+def rejoining(session: Session) -> tuple[int, uuid.UUID | None]:
+    """Where somebody who comes back goes on reading, past which number, and the open turn.
+
+    One query without a lock: between two a runner might take a block of numbers, or give it back.
+    """
+    turns = Turn.objects.filter(session=OuterRef("pk"))
+    live = turns.filter(status=Turn.Status.RUNNING, lease_until__gt=Now()).values("settled_seq")[:1]
+    oldest = turns.unfinished().order_by("position").values("pk")[:1]
+    found = Session.objects.annotate(settled=Subquery(live), open_turn=Subquery(oldest)).get(pk=session.pk)
+    return found.next_seq - 1 if found.settled is None else found.settled, found.open_turn
 
 
 def emit(session: Session, *chunks: Chunk, origin: str, closes: bool = True) -> None:

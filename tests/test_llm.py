@@ -1269,6 +1269,76 @@ async def test_the_demo_model_tells_what_became_of_its_call_and_asks_for_nothing
     assert finished.tool_calls == [] and finished.finish_reason == "stop"
 
 
+def answered(tool: str, said: str, *contents: str) -> list[dict[str, Any]]:
+    """The user's message, and calls of one tool with these results."""
+    user, asks = asks_for(tool, path="any.md")
+    answers = [{"role": "tool", "tool_call_id": "call_1", "content": content} for content in contents]
+    return [{**user, "content": said}, *(part for answer in answers for part in (asks, answer))]
+
+
+READ = json.dumps({"success": True, "content": "# Cats\n\nThey purr.\n\n## Dogs\n", "lines_read": 5})
+
+
+@pytest.mark.parametrize(
+    ("said", "source", "target"),
+    [
+        ("Read README.md and write a summary to notes.md", "README.md", "notes.md"),
+        ("Write a summary of README.md to notes.md", "README.md", "notes.md"),
+        ("Create docs/b.md from `src/a.py`", "src/a.py", "docs/b.md"),
+        ("Look at the contents of a.md, then update b.md", "a.md", "b.md"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_the_demo_model_reads_one_file_and_then_writes_another(said: str, source: str, target: str) -> None:
+    _, first = await ask(DemoModel(delay=0), demo_request({"role": "user", "content": said}, offered=ALL_TOOLS))
+    after_reading = demo_request(*answered("read_file", said, READ), offered=ALL_TOOLS)
+    deltas, second = await ask(DemoModel(delay=0), after_reading)
+    after_writing = demo_request(*answered("read_file", said, READ, '{"success": true}'), offered=ALL_TOOLS)
+    _, third = await ask(DemoModel(delay=0), after_writing)
+
+    assert [(one.name, json.loads(one.arguments)) for one in first.tool_calls] == [("read_file", {"path": source})]
+    [wanted] = second.tool_calls
+    arguments = json.loads(wanted.arguments)
+    assert (wanted.name, arguments["path"]) == ("write_file", target)
+    assert all(part in arguments["content"] for part in (source, "They purr.", "- Cats", "- Dogs", "demo model"))
+    assert "".join(deltas) == second.text and "“# Cats They purr." in second.text and target in second.text
+    assert third.tool_calls == [] and "has its result" in third.text
+
+
+@pytest.mark.parametrize(
+    ("said", "contents", "offered"),
+    [
+        ("Read a.md and write b.md", ["Error: there is no a.md"], ALL_TOOLS),
+        ("Read a.md and write b.md", ['{"status": "rejected", "feedback": "No"}'], ALL_TOOLS),
+        ("Read a.md and write b.md", [READ], tools("read_file")),
+        ("Read a.md and b.md", [READ], ALL_TOOLS),
+        ("Read a.md and write it to a.md", [READ], ALL_TOOLS),
+        ("Read a.md, write b.md and run it", [READ], ALL_TOOLS),
+        ("Read a.md and write b.md", [READ] * 25, ALL_TOOLS),
+    ],
+)
+@pytest.mark.asyncio
+async def test_the_demo_model_writes_nothing_where_it_was_not_asked_or_could_not_read(
+    said: str, contents: list[str], offered: list[dict[str, Any]]
+) -> None:
+    request = demo_request(*answered("read_file", said, *contents), offered=offered)
+
+    _, finished = await ask(DemoModel(delay=0), request)
+
+    assert finished.tool_calls == [] and finished.finish_reason == "stop"
+
+
+@pytest.mark.asyncio
+async def test_what_the_demo_model_summarizes_is_short_and_clean() -> None:
+    read = json.dumps({"content": "# \ud83d\0 " + "x" * 500_000 + "\n# y" * 1_000})
+    messages = answered("read_file", "Read a.md and write b.md", read)
+
+    _, finished = await ask(DemoModel(delay=0), demo_request(*messages, offered=ALL_TOOLS))
+
+    content = json.loads(finished.tool_calls[0].arguments)["content"]
+    assert "\ufffd\ufffd x" in content and len(content) < 1_000
+
+
 @pytest.mark.asyncio
 async def test_the_demo_model_asks_for_a_tool_in_every_turn_anew() -> None:
     answer = {"role": "tool", "tool_call_id": "call_1", "content": "It is about cats."}

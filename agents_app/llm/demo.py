@@ -35,10 +35,18 @@ PATH = re.compile(
     r"|yaml|yml)(?![\w/-]|\.\w)",
     re.IGNORECASE,
 )
+# What stands before a file that is to be read: "read a.md and write b.md", "a summary of a.md in b.md".
+SOURCE = re.compile(
+    rf"(?:{READ.pattern}|\b(?:of|from|about)\b)(?:\s+(?:at|me|the|files?|contents?|in|of))*\s+[`\"']?$", re.IGNORECASE
+)
+HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*)$", re.MULTILINE)
+SHOWN_HEADINGS = 8
 
 
 class DemoModel:
     """Says that it is a demo, asks for a tool when the words of a message speak of one, and routes by keywords.
+
+    A message that names a file to read and one to write leads to two calls, every other one to one at most.
 
     Usage is estimated: one token a word.
     """
@@ -74,18 +82,19 @@ def _routing(messages: list[dict[str, Any]]) -> str:
 
 
 def _answer(system: str, request: ModelRequest) -> tuple[str, list[CallWanted]]:
-    """The text and the calls: at most one, and none once a tool has answered, so that no turn goes on for ever."""
+    """The text and the calls: at most one a step and two a turn, so that no turn goes on for ever."""
     speaker = re.match(r"You are the (\w+)", system)
     agent = speaker[1].lower() if speaker else "assistant"
-    newest = next((one for one in reversed(request.messages) if one.get("role") in ("user", "tool")), None)
-    if newest and newest["role"] == "tool":
-        return clean(f"The demo model again, as the {agent} agent. {_outcome(_text_of(newest))}"), []
     said = clean(_said(request.messages))
     offered = {tool["function"]["name"] for tool in request.tools}
-    tool, arguments = _wish(said)
+    results = _results(request.messages)
+    tool, arguments = _next_wish(said, results) if results else _wish(said)
     if tool in offered:
-        text = f"This is the {agent} agent, played by the demo model. {_announcement(tool, arguments)}"
-        return text, [CallWanted("", tool, json.dumps(arguments, ensure_ascii=False))]
+        again = f" again. {_outcome(results[-1])}" if results else "."
+        text = f"This is the {agent} agent, played by the demo model{again} {_announcement(tool, arguments)}"
+        return clean(text), [CallWanted("", tool, json.dumps(arguments, ensure_ascii=False))]
+    if results:
+        return clean(f"The demo model again, as the {agent} agent. {_outcome(results[-1])}"), []
     missing = f"That would take the tool {tool}, which this agent is not offered: a coder would do it.\n\n"
     return _words_only(agent, said, missing if tool and offered else ""), []
 
@@ -116,18 +125,56 @@ def _wish(said: str) -> tuple[str, dict[str, str]]:
     # "Write tests in a.py" and "write `x` to a.md" are about the file.
     if RUN.search(words) or (speaks_of_a_command and not writes):
         return "execute_command", {"command": command or "ls"}
-    if writes:
+    source, target = _plan(said)
+    if writes and not target:
         content = f"Written by the demo model, because somebody said: {_beginning(said)}\n"
         return "write_file", {"path": path or "demo.md", "content": content}
     if path or (READ.search(words) and FILE.search(words)):
-        return "read_file", {"path": path or "README.md"}
+        return "read_file", {"path": source or path or "README.md"}
     return "", {}
+
+
+def _plan(said: str) -> tuple[str, str]:
+    """The file to read and the one to write after it, where a message speaks of both; else two empty names."""
+    sources: list[str] = []
+    targets: list[str] = []
+    for found in PATH.finditer(said):
+        before = said[max(0, found.start() - 100) : found.start()]
+        (sources if SOURCE.search(before) else targets).append(found[0])
+    if sources and targets and sources[0] != targets[0] and WRITE.search(PATH.sub(" ", said)):
+        return sources[0], targets[0]
+    return "", ""
+
+
+def _next_wish(said: str, results: list[str]) -> tuple[str, dict[str, str]]:
+    """What follows the results of a turn: once a file was read, what was to be written by it."""
+    source, target = _plan(said)
+    read = _text_read(results[0]) if len(results) == 1 else ""
+    if not (target and read) or _wish(said)[0] != "read_file":
+        return "", {}
+    return "write_file", {"path": target, "content": _summary(source, clean(read))}
+
+
+def _summary(path: str, text: str) -> str:
+    headings = [f"- {_beginning(heading)}" for heading in HEADING.findall(text)[:SHOWN_HEADINGS]]
+    return "\n".join(
+        [
+            f"# Summary of {path}",
+            "",
+            f"By the demo model, which counts but does not understand: {len(text.split()):,} words in "
+            f"{len(text.splitlines()):,} lines.",
+            "",
+            f"It begins: {_beginning(text)}",
+            *(["", "Its headings:", "", *headings] if headings else []),
+            "",
+        ]
+    )
 
 
 def _announcement(tool: str, arguments: dict[str, str]) -> str:
     wish = {
         "execute_command": "run `{command}`",
-        "write_file": "write one line to {path}, in place of what it holds",
+        "write_file": "write to {path}, in place of what it holds",
         "read_file": "read {path}",
     }[tool].format_map(arguments)
     return f"Your message suggests a tool, so I ask to {wish}. The rules say whether a person approves that first."
@@ -135,11 +182,7 @@ def _announcement(tool: str, arguments: dict[str, str]) -> str:
 
 def _outcome(content: str) -> str:
     """What became of a call, told by its tool message: an object where a person stepped in, else a text."""
-    try:
-        told = json.loads(content)
-    except (ValueError, RecursionError):
-        told = None
-    match told:
+    match _loaded(content):
         case {"status": "rejected", "feedback": str(feedback)}:
             return f"The call was rejected, so nothing was done. The feedback: “{_beginning(feedback)}”"
         case {"status": "rejected"}:
@@ -147,8 +190,29 @@ def _outcome(content: str) -> str:
         case {"status": "approved_with_edits", "result": result}:
             shown = result if isinstance(result, str) else content
             return f"The call was approved with edited arguments. {_result(shown)}"
+        case {"content": str(text)}:
+            return _result(text)
         case _:
             return _result(content)
+
+
+def _text_read(content: str) -> str:
+    """What a call that reads a file has read; nothing if it failed or was not let do so."""
+    match _loaded(content):
+        case {"status": "approved_with_edits", "result": str(result)}:
+            return _text_read(result)
+        case {"status": "rejected"}:
+            return ""
+        case {"content": str(text)}:
+            return text
+    return "" if content.startswith("Error:") else content
+
+
+def _loaded(content: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _result(result: str) -> str:
@@ -170,6 +234,17 @@ def _is_path(text: str) -> bool:
 def _said(messages: list[dict[str, Any]]) -> str:
     """What the user said last."""
     return next((_text_of(message) for message in reversed(messages) if message.get("role") == "user"), "")
+
+
+def _results(messages: list[dict[str, Any]]) -> list[str]:
+    """The tool messages since the user spoke, oldest first."""
+    results = []
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            break
+        if message.get("role") == "tool":
+            results.append(_text_of(message))
+    return results[::-1]
 
 
 def _text_of(message: dict[str, Any]) -> str:

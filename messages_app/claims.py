@@ -91,7 +91,8 @@ def _claim_together(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> 
 def _begin(turn: Turn, session: Session, owner: str, version: int, *, waiting: bool) -> Begun | None:
     """Claim one turn and reserve its numbers; with the frames that others left, and last the one that says it begins.
 
-    It runs under this version of the team to its end. One that goes on after it waited has begun before, and says nothing.
+    It runs under this version of the team to its end. A turn that goes on after it waited has begun before, and says
+    nothing.
     """
     is_takeover, has_waited = turn.status == Turn.Status.RUNNING, turn.round_count > 0
     first, left = session.next_seq, StreamBatch.objects.unnumbered().filter(session_id=session.pk)

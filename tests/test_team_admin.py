@@ -573,7 +573,9 @@ def fill(text: str) -> None:
     ApprovalRule.objects.filter(position=1).update(tool=text[:100], agent=text[:32], reason=text[:500])
 
 
-@pytest.mark.parametrize("hostile", [*INJECTIONS, "".join(TRICKS)])
+@pytest.mark.parametrize(
+    "hostile", ["\n".join(INJECTIONS[n : n + 4]) for n in range(0, len(INJECTIONS), 4)] + ["".join(TRICKS)]
+)
 def test_hostile_text_stays_text_where_it_is_edited_and_where_it_is_read(superuser: Client, hostile: str) -> None:
     reader = logged_in(staff("olga", "operators"))
     addresses = [*map(detail_of, one_of_each()), *map(list_of, TEAM)]

@@ -153,8 +153,8 @@ class ToolAdmin(Hidden, EditableAdmin):
         return tool.position
 
     @display(description="Version", ordering="version")
-    def version_shown(self, tool: Tool) -> str:
-        return f"{tool.version}, raised by each change of description or schema"
+    def version_shown(self, tool: Tool) -> int:
+        return tool.version
 
     @display(description="Executed by")
     def executed(self, tool: Tool) -> str:

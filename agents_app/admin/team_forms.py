@@ -153,12 +153,13 @@ class ToolForm(EditForm):
     description = LongText(
         max_length=MAX_DESCRIPTION_CHARS,
         widget=widgets.UnfoldAdminTextareaWidget({"rows": 4}),
-        help_text="What the model is told about it: what it does, when to use it.",
+        help_text="What the model is told about it: what it does, when to use it. A change makes another version.",
     )
     parameters = JSONText(
         help_text=(
             'The JSON schema (Draft 2020-12) of its arguments, with "type": "object" at the top. Arguments that do not '
-            "fit it are refused before anybody is asked. At most 64 KiB; $ref only within the schema."
+            "fit it are refused before anybody is asked. At most 64 KiB; $ref only within the schema. A change makes "
+            "another version: calls of the one before that wait for a person can only be rejected."
         ),
     )
 

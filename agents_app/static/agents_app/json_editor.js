@@ -34,12 +34,14 @@ function edit(textarea) {
   }
   const target = document.createElement("div");
   target.className = "json-editor";
+  target.style.height = `${textarea.rows * 1.75}rem`;
   textarea.before(target);
   new JSONEditor({
     target,
     props: {
       content: { text: textarea.value },
       mode: "text",
+      askToFormat: false,
       validator,
       readOnly: textarea.readOnly || textarea.disabled,
       onChange: (content) => {

@@ -16,10 +16,11 @@ from django.utils import timezone
 
 from agents_app import handoffs
 from agents_app.binding import args_hash, canonical
-from agents_app.models import Agent, ApprovalRequest, Decision
+from agents_app.models import ApprovalRequest, ApprovalRule, Decision
 from agents_app.policy import Outcome as Ruled
 from agents_app.policy import Ruling
-from agents_app.tools import ON_THE_SERVER, CallRefused, Toolbox
+from agents_app.team import Team, UnknownToTeam
+from agents_app.tools import ON_THE_SERVER, CallRefused
 from events_app import log
 from events_app.chunks import ApprovalResolved, Chunk, ErrorShown, TurnFinished
 from events_app.feed import feed
@@ -124,13 +125,15 @@ class Result:
 
 def request(call: ToolCall, ruling: Ruling) -> ApprovalRequest:
     """Have a stored call wait for a person."""
+    # The rule may be one of the time when the turn began, and gone since; what it said is kept here.
+    rule = ApprovalRule.objects.filter(pk=ruling.rule.pk).first() if ruling.rule else None
     return ApprovalRequest.objects.create(
         call=call,
         session_id=call.session_id,
         tool_name=call.tool_name,
         arguments_text=call.arguments_text,
         args_hash=call.args_hash,
-        rule=ruling.rule,
+        rule=rule,
         reason=ruling.reason,
         self_approval=ruling.self_approval,
     )
@@ -311,10 +314,10 @@ def judge_edit(call: ToolCall, arguments: dict[str, Any]) -> Ruling:
 
 def _judge_again(call: ToolCall, arguments: dict[str, Any]) -> Ruling:
     """What was true when the call was asked for may have changed. Raises CallRefused."""
-    agent = Agent.objects.filter(pk=call.agent).first()
-    if agent is None:
-        raise CallRefused("tool_not_allowed", "The agent that asked for this is gone.")
-    toolbox = Toolbox.of(agent)
+    try:
+        toolbox = Team.now().toolbox(call.agent)
+    except UnknownToTeam:
+        raise CallRefused("tool_not_allowed", "The agent that asked for this is gone.") from None
     tool = toolbox.tool_named(call.tool_name)
     if tool.version != call.tool_version:
         raise CallRefused("tool_changed", f"{tool.name} is not the tool any more that was asked for.")

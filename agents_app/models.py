@@ -117,6 +117,21 @@ class ApprovalRule(models.Model):
         return f"{self.outcome} {self.tool}"
 
 
+class TeamVersion(models.Model):
+    """All agents, tools and rules at one moment, known by what they are. Never changed: turns are pinned to it."""
+
+    id = models.BigIntegerField(primary_key=True, help_text="The beginning of the digest.")
+    digest = models.CharField(max_length=64, unique=True, help_text="SHA-256 of the content.")
+    content = models.TextField(help_text="The rows as JSON.")
+    created_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        ordering = ["created_at", "id"]
+
+    def __str__(self) -> str:
+        return self.digest[:12]
+
+
 class ApprovalRequestQuerySet(QuerySet["ApprovalRequest"]):
     def pending(self) -> Self:
         return self.filter(status=ApprovalRequest.Status.PENDING)

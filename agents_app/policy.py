@@ -40,6 +40,11 @@ def rule_on(rules: Iterable[ApprovalRule], *, tool: str, agent: str) -> Ruling:
     return Ruling(strongest.outcome, strongest)
 
 
+def stricter(one: Ruling, other: Ruling) -> Ruling:
+    """Of two rulings the stronger; of two that ask, the one that lets nobody decide on what they asked for."""
+    return max(other, one, key=lambda ruling: (STRENGTH[Outcome(ruling.outcome)], not ruling.self_approval))
+
+
 def _matches(tool: str, pattern: str) -> bool:
     # Only * and ? are wildcards here; fnmatch knows sets of characters too.
     return fnmatchcase(tool, pattern.replace("[", "[[]"))

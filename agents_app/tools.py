@@ -1,29 +1,25 @@
 """Whether a tool call may be made at all: the agent's tools, the arguments' schema, the agent's paths, the rules."""
 
-import json
 import logging
 import posixpath
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from agents_app import policy
+from agents_app import policy, schemas
 from agents_app.llm import CallWanted
 from agents_app.models import Agent, ApprovalRule, Tool
 from agents_app.policy import Ruling
 from orchestrator_site.errors import APIError
 from orchestrator_site.http import read_json
 
-if TYPE_CHECKING:
-    from jsonschema.exceptions import ValidationError
-    from jsonschema.protocols import Validator
-
 logger = logging.getLogger(__name__)
 
 WRITE = "write_file"
 EXECUTE = "execute_command"
 SHOWN_CHARS = 300
+# Longer ones match no agent's paths: patterns are known to be quick only up to here.
+MAX_PATH_CHARS = 1_000
 # Executed by the server itself; every other tool is the client's.
 ON_THE_SERVER = frozenset({"switch_mode"})
 
@@ -45,38 +41,46 @@ class CallRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Toolbox:
-    """What one agent may use, and under which rules; read once for all calls of an answer."""
+    """What one agent may use, and under which rules.
+
+    `rules_now`: those that are in force when a call is judged, where the others are of the time when its turn began.
+    """
 
     agent: Agent
     tools: dict[str, Tool]
-    rules: list[ApprovalRule] = field(default_factory=list)
+    known: frozenset[str]
+    rules: list[ApprovalRule]
+    rules_now: list[ApprovalRule] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, agent: Agent) -> "Toolbox":
-        tools = Tool.objects.filter(name__in=agent.allowed_tools)
-        return cls(agent, {tool.name: tool for tool in tools}, policy.rules_in_force())
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools as a model is offered them when it speaks for this agent."""
+        return [tool.as_function() for tool in self.tools.values()]
 
     def tool_named(self, name: str) -> Tool:
         """The tool, or CallRefused with the contract's text (protocol 6.2)."""
         if name in self.tools:
             return self.tools[name]
-        if Tool.objects.filter(pk=name).exists():
+        if name in self.known:
             raise CallRefused("tool_not_allowed", _forbidden(self.agent, name), is_shown=True)
         raise CallRefused("unknown_tool", f"There is no tool '{name[:64]}'. There are: {', '.join(self.tools)}.")
 
-    def judge(self, tool: Tool, arguments: dict[str, Any]) -> Ruling:
-        """What the rules say of a call with these arguments, or CallRefused: schema, then paths, then rules."""
+    def check(self, tool: Tool, arguments: dict[str, Any]) -> None:
+        """Raise CallRefused for arguments that do not fit the tool's schema, or a path that is not the agent's."""
         _check_schema(tool, arguments)
         _check_path(self.agent, tool, arguments)
-        ruling = policy.rule_on(self.rules, tool=tool.name, agent=self.agent.name)
+
+    def rule(self, tool: str) -> Ruling:
+        """What the rules say of a call of this tool, the strictest of then and now; CallRefused where they deny it."""
+        then, now = (policy.rule_on(rules, tool=tool, agent=self.agent.name) for rules in (self.rules, self.rules_now))
+        ruling = policy.stricter(then, now)
         if ruling.outcome == policy.Outcome.DENY:
             raise CallRefused("denied_by_policy", ruling.reason or "This is not allowed here.", is_shown=True)
         return ruling
 
-
-def offered_to(agent: Agent) -> list[dict[str, Any]]:
-    """The tools that a model is offered when it speaks for this agent."""
-    return [tool.as_function() for tool in Tool.objects.filter(name__in=agent.allowed_tools)]
+    def judge(self, tool: Tool, arguments: dict[str, Any]) -> Ruling:
+        """What the rules say of a call with these arguments, or CallRefused: schema, then paths, then rules."""
+        self.check(tool, arguments)
+        return self.rule(tool.name)
 
 
 def read_arguments(wanted: CallWanted) -> dict[str, Any]:
@@ -115,41 +119,15 @@ def _speaker(agent: Agent) -> str:
 
 
 def _check_schema(tool: Tool, arguments: dict[str, Any]) -> None:
-    from jsonschema.exceptions import SchemaError, best_match
-    from referencing.exceptions import Unresolvable
-
     try:
-        error = best_match(_validator(json.dumps(tool.parameters)).iter_errors(arguments))
-    except (SchemaError, Unresolvable, RecursionError, re.error):
+        complaint = schemas.complaint(tool.parameters, arguments)
+    except schemas.SchemaBroken:
         logger.exception("tool_schema_broken", extra={"tool": tool.name})
         raise CallRefused("tool_broken", f"The schema of {tool.name} cannot be used.") from None
-    if error is not None:
-        where = tuple(error.absolute_path)
-        at = f" at {'.'.join(map(str, where))}" if where else ""
-        message = f"The arguments do not fit {tool.name}{at}: {_complaint(error)}"
-        raise CallRefused("invalid_arguments", message, path=where)
-
-
-def _complaint(error: "ValidationError") -> str:
-    """What is wrong, in JSON: the library's own texts show values as Python writes them."""
-    if error.validator == "required":
-        return str(error.message)
-    value, wanted = (json.dumps(each, ensure_ascii=False) for each in (error.instance, error.validator_value))
-    if error.validator == "type":
-        return f"{value[:SHOWN_CHARS]} is not of type '{error.validator_value}'"
-    return f"{value[:SHOWN_CHARS]} does not fit {error.validator} {wanted[:SHOWN_CHARS]}"
-
-
-@lru_cache(maxsize=256)
-def _validator(schema: str) -> "Validator":
-    # Imported late: commands that check no arguments should not wait for it.
-    from jsonschema import Draft202012Validator
-    from referencing import Registry
-
-    # A registry of its own, because the default one fetches what a `$ref` names from anywhere.
-    loaded = json.loads(schema)
-    Draft202012Validator.check_schema(loaded)
-    return Draft202012Validator(loaded, registry=Registry())
+    if complaint is not None:
+        at = f" at {'.'.join(map(str, complaint.path))}" if complaint.path else ""
+        message = f"The arguments do not fit {tool.name}{at}: {complaint.text}"
+        raise CallRefused("invalid_arguments", message, path=complaint.path)
 
 
 def _check_path(agent: Agent, tool: Tool, arguments: dict[str, Any]) -> None:
@@ -158,7 +136,7 @@ def _check_path(agent: Agent, tool: Tool, arguments: dict[str, Any]) -> None:
         return
     path = str(arguments.get("path", "")).replace("\\", "/")
     is_outside = path.startswith(("/", "~")) or ":" in path or ".." in path.split("/")
-    is_odd = path != path.strip() or path.endswith("/")
+    is_odd = path != path.strip() or path.endswith("/") or len(path) > MAX_PATH_CHARS
     if is_outside or is_odd or not re.fullmatch(agent.writable_paths, posixpath.normpath(path)):
         raise CallRefused(
             "path_not_allowed",

@@ -4,10 +4,12 @@ import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from django.db import InterfaceError, OperationalError, transaction
 from django.db.models.functions import Now
 
+from agents_app import team
 from events_app import log
 from events_app.chunks import ErrorShown, Restarted, TurnFinished, TurnStarted, encode
 from events_app.frames import Frame
@@ -71,10 +73,12 @@ def _claim_together(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> 
         left = set(
             StreamBatch.objects.unnumbered().filter(session_id__in=sessions).values_list("session_id", flat=True)
         )
+        pin = cache(team.pin)
         claimed = []
         for turn in Turn.objects.claimable().filter(pk__in=[pk for pk, _ in candidates]):
             session = sessions[turn.session_id]
-            begun = _begin(turn, session, owner, waiting=session.pk in left)
+            version = pin() if turn.team_version is None else turn.team_version
+            begun = _begin(turn, session, owner, version, waiting=session.pk in left)
             if begun is not None:
                 claimed.append(begun)
         # Those that were left by others are logged already.
@@ -84,17 +88,18 @@ def _claim_together(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> 
         return claimed
 
 
-def _begin(turn: Turn, session: Session, owner: str, *, waiting: bool) -> Begun | None:
+def _begin(turn: Turn, session: Session, owner: str, version: int, *, waiting: bool) -> Begun | None:
     """Claim one turn and reserve its numbers; with the frames that others left, and last the one that says it begins.
 
-    A turn that goes on after it waited has begun before, and says nothing.
+    It runs under this version of the team to its end. A turn that goes on after it waited has begun before, and says
+    nothing.
     """
     is_takeover, has_waited = turn.status == Turn.Status.RUNNING, turn.round_count > 0
     first, left = session.next_seq, StreamBatch.objects.unnumbered().filter(session_id=session.pk)
     seq = first + (left.count() if waiting else 0)
     is_silent = has_waited and not is_takeover
     settled = seq - 1 if is_silent else seq
-    if not turn.claim(owner, settled_seq=settled):
+    if not turn.claim(owner, settled_seq=settled, team_version=version):
         return None
     session.reserve_numbers(BLOCK)
     numbers = iter(range(first, seq))
@@ -114,6 +119,7 @@ def _begin(turn: Turn, session: Session, owner: str, *, waiting: bool) -> Begun 
         settled,
         turn.requested_agent,
         turn.ran_ms,
+        version,
     )
     return claim, frames
 

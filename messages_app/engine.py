@@ -73,8 +73,9 @@ class _Run:
         if not finished.tool_calls:
             complete = partial(steps.complete, text=finished.text, agent=scene.agent, spent=self.spent)
             return await self.stream.commit(complete)
+        asked = await read(steps.weigh, finished, scene)
         ran_ms = round((time.monotonic() - self.started) * 1000)
-        act = partial(steps.act, finished=finished, scene=scene, spent=self.spent, ran_ms=ran_ms)
+        act = partial(steps.act, finished=finished, asked=asked, scene=scene, spent=self.spent, ran_ms=ran_ms)
         return await self.stream.commit(act)
 
     async def _choose(self, scene: Scene) -> Route:
@@ -101,7 +102,7 @@ class _Run:
         self.spent = spent = Spent(scene.agent, scene.model, purpose)
         started = time.monotonic()
         try:
-            offered = scene.tools if purpose == "answer" else []
+            offered = scene.toolbox.offered() if purpose == "answer" else []
             request = ModelRequest(scene.model, messages, purpose, temperature, offered)
             async with self.stream.interruptible(self.deadline), aclosing(self.model.stream(request)) as outputs:
                 async for output in outputs:

@@ -1,6 +1,6 @@
 """What a running turn reads and writes: `look` reads, each other function is the body of one `TurnStream.commit`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from django.conf import settings
@@ -8,11 +8,10 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents_app import approvals, handoffs, tools
+from agents_app import approvals, handoffs, policy, schemas, team, tools
 from agents_app.approvals import Verdict
 from agents_app.binding import args_hash, canonical
 from agents_app.llm import CallWanted, FinishedStep, ModelError
-from agents_app.models import Agent, Tool
 from agents_app.policy import Outcome, Ruling
 from agents_app.routing import Route
 from agents_app.tools import ON_THE_SERVER, CallRefused, Toolbox
@@ -41,7 +40,18 @@ class Scene:
     temperature: float | None
     messages: list[dict[str, Any]]
     user_text: str
-    tools: list[dict[str, Any]]
+    toolbox: Toolbox
+
+
+@dataclass(slots=True)
+class Asked:
+    """A call as the model asks for it, and what can be said of it whatever the rules say."""
+
+    wanted: CallWanted
+    arguments: dict[str, Any] = field(default_factory=dict)
+    unusable: str = ""
+    tool_version: int = 0
+    refused: CallRefused | None = None
 
 
 @dataclass(slots=True)
@@ -70,13 +80,14 @@ def obey(step: Step) -> None:
 def look(claim: Claim) -> Scene:
     """Who is to act, and what the model is to read. Reads only.
 
-    Raises LostClaim, CancelRequested, TooManyRounds, ModelError when the conversation does not fit
+    Raises LostClaim, CancelRequested, TooManyRounds, UnknownToTeam, ModelError when the conversation does not fit
     the model.
     """
     turn = Turn.ensure_running(claim)
     if turn.round_count >= settings.TURN_MAX_ROUNDS:
         raise TooManyRounds
-    agent = Agent.objects.get(pk=turn.session.current_agent)
+    toolbox = team.toolbox_of(claim.team_version, turn.session.current_agent)
+    agent = toolbox.agent
     return Scene(
         agent.name,
         agent.model_used,
@@ -84,7 +95,7 @@ def look(claim: Claim) -> Scene:
         transcript.of(turn, prompt=agent.prompt, context_tokens=settings.LLM_CONTEXT_TOKENS),
         # What opened this turn: the transcript joins it with messages before it that got no answer.
         turn.messages.get(role=Message.Role.USER).content,
-        tools.offered_to(agent),
+        toolbox,
     )
 
 
@@ -105,7 +116,32 @@ def complete(step: Step, text: str, agent: str, spent: Spent | None) -> None:
     step.end(Turn.Status.COMPLETED)
 
 
-def act(step: Step, finished: FinishedStep, scene: Scene, spent: Spent | None, ran_ms: int) -> None:
+def weigh(finished: FinishedStep, scene: Scene) -> list[Asked]:
+    """What the model asks for, held against its tools and their schemas.
+
+    Before the transaction that stores it: a check may take a while, and the session's lock is everybody's.
+    """
+    with schemas.limited_time():
+        return [_weighed(wanted, scene.toolbox) for wanted in finished.tool_calls]
+
+
+def _weighed(wanted: CallWanted, toolbox: Toolbox) -> Asked:
+    asked = Asked(wanted)
+    try:
+        asked.arguments = tools.read_arguments(wanted)
+    except CallRefused as refused:
+        asked.refused, asked.unusable = refused, wanted.arguments
+    try:
+        tool = toolbox.tool_named(wanted.name)
+        if asked.refused is None:
+            asked.tool_version = tool.version
+            toolbox.check(tool, asked.arguments)
+    except CallRefused as refused:
+        asked.refused = refused
+    return asked
+
+
+def act(step: Step, finished: FinishedStep, asked: list[Asked], scene: Scene, spent: Spent | None, ran_ms: int) -> None:
     """The answer asks for tools: each call is stored, and released, held, executed or refused on its own.
 
     With a call open the turn waits; with none, the model is asked again. Raises TooManyHandoffs.
@@ -113,13 +149,14 @@ def act(step: Step, finished: FinishedStep, scene: Scene, spent: Spent | None, r
     _book(step, spent)
     step.change(round_count=step.turn.round_count + 1, ran_ms=ran_ms)
     _store_answer(step, finished.text, scene.agent, round=step.turn.round_count)
-    toolbox = Toolbox.of(Agent.objects.get(pk=scene.agent))
+    # Rules that became stricter since the turn began hold at once.
+    toolbox = replace(scene.toolbox, rules_now=policy.rules_in_force())
     # The user has gone on already: the turn may not begin to wait (design 3, items 1 and 8).
     is_late = step.session.turns.filter(status=Turn.Status.QUEUED).exists()
     calls: list[ToolCall] = []
-    for position, wanted in enumerate(finished.tool_calls):
+    for position, each in enumerate(asked):
         waiting = sum(call.status == ToolCall.Status.WAITING for call in calls)
-        calls.append(_judged(step, toolbox, wanted, position, is_late=is_late, waiting=waiting))
+        calls.append(_judged(step, toolbox, each, position, is_late=is_late, waiting=waiting))
     if any(call.outcome == ToolCall.Outcome.SUPERSEDED for call in calls):
         step.end(Turn.Status.CANCELLED, Verdict.SUPERSEDED)
     elif any(call.is_open for call in calls):
@@ -164,9 +201,7 @@ def _store_answer(step: Step, text: str, agent: str, *, round: int = 0) -> None:
         step.say(AssistantText(text, is_final=not round))
 
 
-def _judged(
-    step: Step, toolbox: Toolbox, wanted: CallWanted, position: int, *, is_late: bool, waiting: int
-) -> ToolCall:
+def _judged(step: Step, toolbox: Toolbox, asked: Asked, position: int, *, is_late: bool, waiting: int) -> ToolCall:
     """One call of an answer, stored in the state that it gets at once, with what is to be said of it."""
     call = ToolCall(
         session=step.session,
@@ -174,20 +209,21 @@ def _judged(
         round=step.turn.round_count,
         position=position,
         agent=toolbox.agent.name,
-        tool_name=wanted.name,
-        provider_id=wanted.provider_id,
-        arguments_text="{}",
+        tool_name=asked.wanted.name,
+        tool_version=asked.tool_version,
+        provider_id=asked.wanted.provider_id,
+        # As they came, usable or not: also a call that may not be made stays what it was.
+        arguments_text=canonical(asked.arguments),
+        unusable_arguments=asked.unusable,
     )
+    if asked.tool_version:
+        call.args_hash = args_hash(step.session.pk, call.pk, call.tool_name, call.tool_version, call.arguments_text)
     named = {"tool_name": call.tool_name, "call_id": call.pk}
     step.record("tool.execution.requested", agent=call.agent, **named)
     try:
-        arguments = _read(call, wanted)
-        tool = toolbox.tool_named(wanted.name)
-        if isinstance(arguments, CallRefused):
-            raise arguments
-        call.tool_version = tool.version
-        call.args_hash = args_hash(step.session.pk, call.pk, tool.name, tool.version, call.arguments_text)
-        ruling = toolbox.judge(tool, arguments)
+        if asked.refused is not None:
+            raise asked.refused
+        ruling = toolbox.rule(call.tool_name)
         if ruling.outcome == Outcome.ASK and waiting >= PENDING_PER_SESSION:
             raise CallRefused(
                 "too_many_approvals", "Too many calls wait for a person already. Ask for fewer at a time."
@@ -198,28 +234,15 @@ def _judged(
         _close(step, call, f"Error: {refused.message}", ToolCall.Outcome.REFUSED)
         step.record("tool.execution.failed", error_message=refused.message, error_type=refused.code, **named)
     else:
-        _let_go(step, call, tool, arguments, ruling, is_late=is_late)
+        _let_go(step, call, asked.arguments, ruling, is_late=is_late)
     return call
 
 
-def _read(call: ToolCall, wanted: CallWanted) -> dict[str, Any] | CallRefused:
-    """Store the arguments as they came, usable or not: also a call that may not be made stays what it was."""
-    try:
-        arguments = tools.read_arguments(wanted)
-    except CallRefused as refused:
-        call.unusable_arguments = wanted.arguments
-        return refused
-    call.arguments_text = canonical(arguments)
-    return arguments
-
-
-def _let_go(
-    step: Step, call: ToolCall, tool: Tool, arguments: dict[str, Any], ruling: Ruling, *, is_late: bool
-) -> None:
+def _let_go(step: Step, call: ToolCall, arguments: dict[str, Any], ruling: Ruling, *, is_late: bool) -> None:
     """A call that may be made: by the server at once, by the client, or by either once a person has said so."""
     named = {"tool_name": call.tool_name, "call_id": call.pk}
     waits = ruling.outcome == Outcome.ASK
-    on_the_server = tool.name in ON_THE_SERVER and not waits
+    on_the_server = call.tool_name in ON_THE_SERVER and not waits
     if is_late and not on_the_server:
         _close(step, call, *approvals.closing(call.tool_name, Verdict.SUPERSEDED))
         return

@@ -67,7 +67,9 @@ class RequestMiddleware:
         return await self.get_response(request)
 
     def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponseBase | None:
-        """What a view raised. The admin keeps Django's own pages."""
+        """What a view raised. The admin keeps Django's own pages, but for the refusals that we foresee."""
+        if request.path_info.startswith("/admin/") and isinstance(exception, APIError):
+            return readable(exception)
         if request.path_info.startswith(OPEN_PREFIXES):
             return None
         return answer(request, as_api_error(exception))
@@ -103,6 +105,14 @@ def answer(request: HttpRequest, error: APIError) -> JsonResponse:
     response = JsonResponse(body, status=error.status, headers=error.headers)
     if error.status in (429, 503):
         response.setdefault("Retry-After", RETRY_AFTER)
+    return response
+
+
+def readable(error: APIError) -> HttpResponse:
+    """A refusal for a person with a browser."""
+    response = HttpResponse(error.message, status=error.status, content_type="text/plain; charset=utf-8")
+    if error.status in (429, 503):
+        response["Retry-After"] = RETRY_AFTER
     return response
 
 

@@ -12,7 +12,11 @@ PAGES = {
         ("Turns", "conversion_path", "sessions_app", "turn"),
         ("Handoffs", "swap_horiz", "sessions_app", "handoff"),
     ],
-    "Team": [("Agents", "smart_toy", "agents_app", "agent")],
+    "Team": [
+        ("Agents", "smart_toy", "agents_app", "agent"),
+        ("Tools", "build", "agents_app", "tool"),
+        ("Rules", "rule", "agents_app", "approvalrule"),
+    ],
     "Record": [
         ("Events", "history", "events_app", "event"),
         ("Model calls", "neurology", "events_app", "modelcall"),

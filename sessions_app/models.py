@@ -166,6 +166,7 @@ class Claim:
     settled_seq: int
     requested_agent: str
     ran_ms: int
+    team_version: int
 
 
 class TurnQuerySet(QuerySet["Turn"]):
@@ -211,6 +212,7 @@ class Turn(models.Model):
     handoff_count = models.PositiveIntegerField(default=0)
     round_count = models.PositiveIntegerField(default=0, help_text="How many model answers have asked for tools.")
     ran_ms = models.PositiveIntegerField(default=0, help_text="How long it ran before it last began to wait.")
+    team_version = models.BigIntegerField(null=True, help_text="The agents, tools and rules that it runs under.")
     cancel_requested_at = models.DateTimeField(null=True)
     prompt_tokens = models.PositiveIntegerField(default=0)
     completion_tokens = models.PositiveIntegerField(default=0)
@@ -244,8 +246,11 @@ class Turn(models.Model):
         """What its model steps cost, as far as they have ended."""
         return {name: getattr(self, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
 
-    def claim(self, owner: str, *, settled_seq: int) -> bool:
-        """Take the turn for `owner` unless somebody else was faster; the caller holds the session's lock."""
+    def claim(self, owner: str, *, settled_seq: int, team_version: int) -> bool:
+        """Take the turn for `owner` unless somebody else was faster; the caller holds the session's lock.
+
+        The first claim says under which version of the team the turn runs, to its end.
+        """
         was = Q(status=Turn.Status.QUEUED) | Q(status=Turn.Status.RUNNING, lease_until__lte=Now())
         return bool(
             Turn.objects.filter(was, pk=self.pk, attempt=self.attempt).update(
@@ -255,6 +260,7 @@ class Turn(models.Model):
                 lease_until=lease_end(),
                 started_at=Coalesce("started_at", Now()),
                 settled_seq=settled_seq,
+                team_version=team_version,
             )
         )
 

@@ -12,7 +12,7 @@ from agents_app.models import ApprovalRequest, ApprovalRule
 from messages_app import acceptance, claims, steps
 from messages_app.inbound import UserMessage
 from messages_app.models import Message
-from messages_app.steps import Spent
+from messages_app.steps import Scene, Spent
 from messages_app.turn_stream import TurnStream
 from sessions_app import lifecycle
 from sessions_app.callers import FIRST_ACCOUNT, Caller
@@ -79,11 +79,18 @@ def run(turn: Turn) -> TurnStream:
 
 
 def act(
-    stream: TurnStream, *calls: CallWanted, text: str = "", spent: Spent | None = None, ran_ms: int = 0
+    stream: TurnStream,
+    *calls: CallWanted,
+    text: str = "",
+    scene: Scene | None = None,
+    spent: Spent | None = None,
+    ran_ms: int = 0,
 ) -> Turn.Status | None:
     """Have a running turn store a model's answer that asks for tools; what becomes of the turn."""
-    scene, finished = steps.look(stream.claim), FinishedStep(text, list(calls))
-    return stream.write(partial(steps.act, finished=finished, scene=scene, spent=spent, ran_ms=ran_ms))[1]
+    scene, finished = scene or steps.look(stream.claim), FinishedStep(text, list(calls))
+    asked = steps.weigh(finished, scene)
+    act = partial(steps.act, finished=finished, asked=asked, scene=scene, spent=spent, ran_ms=ran_ms)
+    return stream.write(act)[1]
 
 
 def complete(stream: TurnStream, text: str = "done", spent: Spent | None = None) -> None:

@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import pytest
@@ -37,13 +36,12 @@ from agents_app.approvals import (
     Verdict,
 )
 from agents_app.binding import args_hash, canonical
-from agents_app.llm import FinishedStep
 from agents_app.models import Agent, ApprovalRequest, ApprovalRule, Decision, Tool
 from events_app import figures, log
 from events_app.feed import feed
 from events_app.log import AuditUnavailable
 from events_app.models import AuditEntry, Event, StreamBatch
-from messages_app import acceptance, claims, ending, steps
+from messages_app import acceptance, claims, ending
 from messages_app.acceptance import Refused
 from messages_app.history import history
 from messages_app.inbound import HitlDecision, SwitchAgent, ToolResult, UserMessage
@@ -1410,7 +1408,7 @@ def test_a_cancelled_turn_cannot_begin_to_wait() -> None:
     before = everything()
 
     with pytest.raises(CancelRequested):
-        running.write(partial(steps.act, finished=FinishedStep("", [wanted()]), scene=scene, spent=None, ran_ms=0))
+        act(running, wanted(), scene=scene)
     with pytest.raises(CancelRequested):
         Turn.wait(running.claim)
 

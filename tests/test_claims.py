@@ -31,8 +31,8 @@ def test_of_two_runners_that_saw_the_same_turn_one_gets_it() -> None:
     turn = make_turn(make_session())
     seen_by_two = Turn.objects.get(pk=turn.pk)
 
-    assert turn.claim("one", settled_seq=1) is True
-    assert seen_by_two.claim("two", settled_seq=1) is False
+    assert turn.claim("one", settled_seq=1, team_version=1) is True
+    assert seen_by_two.claim("two", settled_seq=1, team_version=1) is False
 
 
 def test_only_the_oldest_unfinished_turn_of_a_session_may_run() -> None:

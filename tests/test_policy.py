@@ -17,6 +17,7 @@ from agents_app import policy, tools
 from agents_app.binding import args_hash, canonical
 from agents_app.llm import CallWanted
 from agents_app.models import Agent, ApprovalRule, Tool
+from agents_app.team import Team
 from agents_app.tools import CallRefused, Toolbox
 from orchestrator_site.http import read_json
 from tests.factories import FITTING
@@ -323,7 +324,7 @@ ADVISED = {("debug", "write_file"), ("ask", "write_file"), ("ask", "execute_comm
 
 
 def toolbox(agent: str) -> Toolbox:
-    return Toolbox.of(Agent.objects.get(pk=agent))
+    return Team.now().toolbox(agent)
 
 
 @pytest.mark.parametrize("agent", MAY_USE)
@@ -348,7 +349,7 @@ def test_an_agent_uses_its_own_tools_and_is_told_so_of_others(agent: str, tool: 
 
 @pytest.mark.parametrize("agent", MAY_USE)
 def test_a_model_is_offered_what_its_agent_may_use_and_nothing_else(agent: str) -> None:
-    offered = tools.offered_to(Agent.objects.get(pk=agent))
+    offered = toolbox(agent).offered()
 
     assert {tool["function"]["name"] for tool in offered} == MAY_USE[agent]
     assert all(tool["type"] == "function" and tool["function"]["parameters"]["type"] == "object" for tool in offered)

@@ -1,0 +1,95 @@
+"""The team as it is, and as it was when a turn began: what an admin changes counts from the next turn.
+
+A turn is pinned to a `TeamVersion` when it is first claimed. Nothing of a team is written after it was read.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from agents_app.llm import ModelError
+from agents_app.models import Agent, ApprovalRule, TeamVersion, Tool
+from agents_app.tools import Toolbox
+
+# A turn that waits for a person may be of any age; those that run are of the last few versions.
+VERSIONS_KEPT = 8
+
+
+class UnknownToTeam(ModelError):
+    def __init__(self, name: str) -> None:
+        super().__init__("unknown_agent", f"There is no agent '{name[:32]}' any more. Switch to another.")
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """All agents, tools and rules at one moment."""
+
+    agents: dict[str, Agent]
+    tools: dict[str, Tool]
+    rules: list[ApprovalRule]
+
+    @classmethod
+    def now(cls) -> "Team":
+        return cls._of(Agent.objects.all(), Tool.objects.all(), ApprovalRule.objects.all())
+
+    @classmethod
+    def of(cls, content: str) -> "Team":
+        """The team of a stored version."""
+        rows = json.loads(content)
+        return cls._of(
+            [Agent(**row) for row in rows["agents"]],
+            [Tool(**row) for row in rows["tools"]],
+            [ApprovalRule(**row) for row in rows["rules"]],
+        )
+
+    @classmethod
+    def _of(cls, agents: Any, tools: Any, rules: Any) -> "Team":
+        return cls(
+            {agent.name: agent for agent in agents},
+            {tool.name: tool for tool in tools},
+            [rule for rule in rules if rule.is_active],
+        )
+
+    def toolbox(self, name: str) -> Toolbox:
+        """What an agent may use. Raises UnknownToTeam."""
+        if name not in self.agents:
+            raise UnknownToTeam(name)
+        agent = self.agents[name]
+        allowed = {tool.name: tool for tool in self.tools.values() if tool.name in agent.allowed_tools}
+        return Toolbox(agent, allowed, frozenset(self.tools), self.rules)
+
+
+def pin() -> int:
+    """The version of the team as it is now, stored unless it was there before."""
+    content = json.dumps(
+        {
+            "agents": list(Agent.objects.values()),
+            "tools": list(Tool.objects.values()),
+            "rules": list(ApprovalRule.objects.values()),
+        },
+        sort_keys=True,
+        ensure_ascii=False,
+        separators=(",", ":"),
+    )
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    # The number is of the content too, so that no process can remember another version under it.
+    version, _ = TeamVersion.objects.get_or_create(
+        digest=digest, defaults={"id": int(digest[:15], 16), "content": content}
+    )
+    return version.pk
+
+
+def toolbox_of(version: int, agent: str) -> Toolbox:
+    """What an agent may use in a turn of this version. An agent that the session was switched to later is as it is now.
+
+    Raises UnknownToTeam.
+    """
+    pinned = _version(version)
+    return (pinned if agent in pinned.agents else Team.now()).toolbox(agent)
+
+
+@lru_cache(maxsize=VERSIONS_KEPT)
+def _version(version: int) -> Team:
+    return Team.of(TeamVersion.objects.get(pk=version).content)

@@ -45,6 +45,12 @@ class Desk:
         self.page.wait_for_selector('#live[data-state="live"]')
         return self.page
 
+    def type_arguments(self, text: str) -> None:
+        """Replace what stands in the editor of the card's dialog."""
+        self.page.click("#edit-dialog .cm-content")
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.insert_text(text)
+
     def note(self, message: ConsoleMessage) -> None:
         # Of servers that go away and refusals that a test provokes the browser speaks as of errors too.
         if message.type == "error" and "Failed to load resource" not in message.text:

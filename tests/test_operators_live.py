@@ -162,13 +162,13 @@ def test_an_edit_is_checked_while_it_is_typed_and_its_difference_shown(
         dialog, send = page.locator("#edit-dialog"), page.locator('#edit-dialog button[type="submit"]')
         expect(dialog).to_contain_text("Nothing is changed")
 
-        type_arguments(page, {"path": "a.md"})
+        desk.type_arguments(json.dumps({"path": "a.md"}))
         expect(dialog.locator("[data-error]")).to_contain_text("'content' is a required property")
         expect(send).to_be_disabled()
-        type_arguments(page, '{"path": ')
+        desk.type_arguments('{"path": ')
         expect(dialog.locator("[data-error]")).to_contain_text("not valid JSON")
         expect(send).to_be_disabled()
-        type_arguments(page, {"path": "a.md", "content": "one\n<b>2</b>\n"})
+        desk.type_arguments(json.dumps({"path": "a.md", "content": "one\n<b>2</b>\n"}))
         expect(dialog.locator(".difference .added")).to_have_text("+<b>2</b>\n")
         expect(dialog.locator(".difference .removed")).to_have_text("-two\n")
         expect(send).to_be_enabled()
@@ -177,11 +177,6 @@ def test_an_edit_is_checked_while_it_is_typed_and_its_difference_shown(
         expect(page.locator("#state")).to_contain_text("Approved with other arguments by olga")
         (open_call,) = office.http.get("/sessions/s/open-calls").json()["open_calls"]
         assert open_call["arguments"] == {"path": "a.md", "content": "one\n<b>2</b>\n"}
-
-
-def type_arguments(page: Page, arguments: Any) -> None:
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-    page.locator("#edit-dialog-arguments").fill(text)
 
 
 def test_nothing_that_a_model_writes_comes_alive(office: Server, llm: ScriptedLLM, browser: Browser) -> None:
@@ -197,7 +192,7 @@ def test_nothing_that_a_model_writes_comes_alive(office: Server, llm: ScriptedLL
         assert visible(hostile) in page.inner_text("body")
         page.click('[data-opens="edit-dialog"]')
         expect(page.locator("#edit-dialog")).to_contain_text("Nothing is changed")
-        type_arguments(page, {"path": INJECTIONS[2], "content": hostile[::-1]})
+        desk.type_arguments(json.dumps({"path": INJECTIONS[2], "content": hostile[::-1]}))
         expect(page.locator("#edit-dialog .difference .added").first).to_be_visible()
         page.click('#edit-dialog button[type="submit"]')
         expect(page.locator("#state")).to_contain_text("Approved with other arguments")

@@ -22,6 +22,7 @@ from unfold.decorators import display
 
 from agents_app import approvals, effects
 from agents_app.admin.card import Card, seal, shown_changes, unseal
+from agents_app.admin.json_editor import JSONTextarea
 from agents_app.approval_views import choice_in
 from agents_app.approvals import ArgumentsChanged, Choice
 from agents_app.models import ApprovalRequest, Decision, PendingApproval
@@ -303,7 +304,7 @@ class ApprovalRequestAdmin(AboutCall, BrowseOnlyAdmin):
             "title": "Approval",
             "subtitle": clipped(str(approval), 60),
             "opts": ApprovalRequest._meta,
-            "media": self.media + Media(js=[*LIVE, "agents_app/card.js"]),
+            "media": self.media + JSONTextarea().media + Media(js=[*LIVE, "agents_app/card.js"]),
             "card": card,
             "approval": approval,
             "state": state_badge(approval),

@@ -9,12 +9,12 @@ from unfold import widgets
 
 from agents_app import schemas
 from agents_app.admin.editing import EditForm, LongText, Values
-from agents_app.admin.json_editor import JSONTextarea, editable
+from agents_app.admin.json_editor import JSONTextarea
 from agents_app.models import Agent, ApprovalRule, Tool
 from agents_app.patterns import PatternRefused, ensure_bounded
 from agents_app.routing import SINGLE_AGENT, SPECIALISTS
 from agents_app.tools import MAX_PATH_CHARS, ON_THE_SERVER
-from events_app.display import visible
+from events_app.display import escaped_json, visible
 from events_app.models import AuditEntry
 from orchestrator_site.errors import APIError
 from orchestrator_site.http import read_json
@@ -33,7 +33,7 @@ class JSONText(forms.CharField):
     widget = JSONTextarea
 
     def prepare_value(self, value: Any) -> Any:
-        return value if isinstance(value, str) or value is None else editable(value)
+        return value if isinstance(value, str) or value is None else escaped_json(value)
 
     def clean(self, value: Any) -> Any:
         text = super().clean(value)

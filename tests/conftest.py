@@ -88,8 +88,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("There is no Chromium: the tests with a browser were left out.")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """For modules without a database of their own: an event loop runs in this thread as long as it is open."""
     with sync_playwright() as playwright:
         # Its own sandbox needs rights that a container does not have; it opens pages of ours alone.
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, Route, sync_playwright
+from playwright.sync_api import Browser, Page, Route
 
 from tests.server import Server
 
+pytestmark = pytest.mark.browser
 POLICY = "script-src 'self' 'unsafe-eval'"
 WRITE = "/admin/agents_app/tool/write_5Ffile/change/"
 TRY = "/admin/agents_app/approvalrule/try/"
@@ -20,21 +21,19 @@ def with_policy(route: Route) -> None:
 
 
 @pytest.fixture
-def page(shared_server: Server) -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        opened = chromium.new_page(base_url=shared_server.url)
-        opened.goto("/admin/login/?next=/admin/agents_app/tool/")
-        opened.fill("[name=username]", "admin")
-        opened.fill("[name=password]", "not-asked-for-here")
-        opened.press("[name=password]", "Enter")
-        opened.wait_for_selector("#result_list")
-        for address in (WRITE, TRY):
-            opened.route(
-                f"**{address}", lambda route: with_policy(route) if route.request.method == "GET" else route.continue_()
-            )
-        yield opened
-        chromium.close()
+def page(shared_server: Server, browser: Browser) -> Iterator[Page]:
+    opened = browser.new_page(base_url=shared_server.url)
+    opened.goto("/admin/login/?next=/admin/agents_app/tool/")
+    opened.fill("[name=username]", "admin")
+    opened.fill("[name=password]", "not-asked-for-here")
+    opened.press("[name=password]", "Enter")
+    opened.wait_for_selector("#result_list")
+    for address in (WRITE, TRY):
+        opened.route(
+            f"**{address}", lambda route: with_policy(route) if route.request.method == "GET" else route.continue_()
+        )
+    yield opened
+    opened.close()
 
 
 def write(page: Page, text: str) -> None:

@@ -1,5 +1,6 @@
 """The approval queue, the card on which an operator decides, and what was decided."""
 
+from dataclasses import replace
 from typing import Any
 
 from django.contrib import admin, messages
@@ -22,6 +23,7 @@ from unfold.decorators import display
 
 from agents_app import approvals, effects
 from agents_app.admin.card import Card, seal, shown_changes, unseal
+from agents_app.admin.editing import person
 from agents_app.admin.json_editor import JSONTextarea
 from agents_app.approval_views import choice_in
 from agents_app.approvals import ArgumentsChanged, Choice
@@ -47,14 +49,7 @@ LIVE = ["django_eventstream/reconnecting-eventsource.js", "agents_app/live.js"]
 
 def operator(request: HttpRequest, approval: ApprovalRequest) -> Caller:
     """The person at the browser, as somebody who decides. Every account's: operators have no accounts yet."""
-    return Caller(
-        approval.session.account_id,
-        request.user.get_username(),
-        "admin",
-        request.request_id,  # type: ignore[attr-defined]
-        request.META.get("REMOTE_ADDR") or "",
-        is_operator=True,
-    )
+    return replace(person(request), account_id=approval.session.account_id)
 
 
 class AboutCall:

@@ -14,7 +14,7 @@ import pytest
 
 from messages_app.terminal.client import Failure
 from messages_app.terminal.client import chat as converse
-from tests.scripted_llm import Gate, Reply, ScriptedLLM, call, hold, say, status
+from tests.scripted_llm import Gate, Reply, ScriptedLLM, call, drop, hold, say
 from tests.server import Server, eventually, free_port, running
 from tests.terminal import Chat, Proxy
 
@@ -155,14 +155,14 @@ def test_what_fails_is_told_to_the_model_and_the_user(chat: Chat, played: Script
 
 
 def test_a_turn_that_fails_is_told_in_words(chat: Chat, played: ScriptedLLM) -> None:
-    played.script(status(400))
+    played.script(drop("Half a sen"), say("Still here."))
     chat.say("Go")
 
-    chat.expect("(model_rejected)\n")
-    chat.expect("The turn failed (model_rejected).\n")
-    played.script(say("Still here."))
+    chat.expect("│ Half a sen\n")
+    chat.expect("(model_interrupted)\nThe turn failed (model_interrupted).\n")
     chat.say("Again")
-    chat.expect("│ Still here.\n")
+    chat.expect("coder\n│ Still here.\n(")
+    assert "not what was said" not in chat.seen
 
 
 def test_text_of_a_model_cannot_command_the_terminal_or_speak_for_the_client(

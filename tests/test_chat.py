@@ -6,12 +6,15 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.scripted_llm import Gate, Reply, ScriptedLLM, call, hold, say, status
+from messages_app.terminal.client import Failure
+from messages_app.terminal.client import chat as converse
+from tests.scripted_llm import Gate, Reply, ScriptedLLM, call, drop, hold, say
 from tests.server import Server, eventually, free_port, running
 from tests.terminal import Chat, Proxy
 
@@ -152,14 +155,14 @@ def test_what_fails_is_told_to_the_model_and_the_user(chat: Chat, played: Script
 
 
 def test_a_turn_that_fails_is_told_in_words(chat: Chat, played: ScriptedLLM) -> None:
-    played.script(status(400))
+    played.script(drop("Half a sen"), say("Still here."))
     chat.say("Go")
 
-    chat.expect("(model_rejected)\n")
-    chat.expect("The turn failed (model_rejected).\n")
-    played.script(say("Still here."))
+    chat.expect("│ Half a sen\n")
+    chat.expect("(model_interrupted)\nThe turn failed (model_interrupted).\n")
     chat.say("Again")
-    chat.expect("│ Still here.\n")
+    chat.expect("coder\n│ Still here.\n(")
+    assert "not what was said" not in chat.seen
 
 
 def test_text_of_a_model_cannot_command_the_terminal_or_speak_for_the_client(
@@ -197,29 +200,31 @@ def test_the_commands_of_the_client(chat: Chat, shared_server: Server, played: S
 # --- commands of agents ---
 
 
-@pytest.mark.parametrize(
-    ("answer", "ran"), [("y", True), ("YES", True), ("n", False), ("", False), ("yep", False), (None, False)]
-)
 def test_a_command_runs_only_when_the_user_says_yes(
-    chat: Chat, shared_server: Server, played: ScriptedLLM, folder: Path, answer: str | None, ran: bool
+    chat: Chat, shared_server: Server, played: ScriptedLLM, folder: Path
 ) -> None:
     (folder / "src").mkdir()
-    played.script(runs("touch 'it ran'", cwd="src", timeout=5), say("Done."))
-    chat.say("Run it")
-    decide(shared_server, chat, "approve")
-    shown = chat.expect("Run it? [y/N]")
-    assert f"To be run in {folder}/src, without a shell, for at most 5 seconds:\n    | touch 'it ran'\n" in shown
-    assert not (folder / "src/it ran").exists()
-
-    if answer is None:
-        assert chat.leave() == 0
-    else:
+    for answer in ("y", "YES", "n", "", "yep", "no y"):
+        played.script(runs("touch 'it ran'", cwd="src", timeout=5), say("Done."))
+        chat.say("Run it")
+        decide(shared_server, chat, "approve")
+        shown = chat.expect("Run it? [y/N]")
+        assert f"To be run in {folder}/src, without a shell, for at most 5 seconds:\n    | touch 'it ran'\n" in shown
+        assert not (folder / "src/it ran").exists()
         chat.say(answer)
         chat.expect("│ Done.\n")
 
-    assert (folder / "src/it ran").exists() == ran
-    [told] = results(played)
-    assert told.startswith('{"exit_code": 0' if ran else "Error: User rejected")
+        said_yes = answer in ("y", "YES")
+        assert (folder / "src/it ran").exists() == said_yes
+        assert results(played)[-1].startswith('{"exit_code": 0' if said_yes else "Error: User rejected")
+        (folder / "src/it ran").unlink(missing_ok=True)
+
+    played.script(runs("touch 'it ran'", cwd="src"), say("Done."))
+    chat.say("Run it")
+    decide(shared_server, chat, "approve")
+    chat.expect("Run it? [y/N]")
+    assert chat.leave() == 0
+    assert not (folder / "src/it ran").exists() and results(played)[-1].startswith("Error: User rejected")
 
 
 def test_a_command_is_shown_whole_and_as_it_is(
@@ -239,24 +244,16 @@ def test_a_command_is_shown_whole_and_as_it_is(
     assert sorted(path.name for path in folder.iterdir()) == ["README.md"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"command": "touch ran", "cwd": ".."},
-        {"command": "touch ran", "cwd": "/"},
-        {"command": "touch ran", "cwd": "none"},
-        {"command": "touch ran", "env": {"A": "b"}},
-    ],
-)
 def test_a_command_that_may_not_run_is_not_even_asked_about(
-    chat: Chat, shared_server: Server, played: ScriptedLLM, folder: Path, arguments: dict[str, Any]
+    chat: Chat, shared_server: Server, played: ScriptedLLM, folder: Path
 ) -> None:
-    played.script(call("execute_command", arguments), say("Done."))
-    chat.say("Run it")
-    decide(shared_server, chat, "approve")
+    for more in ({"cwd": ".."}, {"cwd": "/"}, {"cwd": "none"}, {"env": {"A": "b"}}):
+        played.script(call("execute_command", {"command": "touch ran", **more}), say("Done."))
+        chat.say("Run it")
+        decide(shared_server, chat, "approve")
 
-    assert "[y/N]" not in chat.expect("│ Done.\n")
-    assert results(played)[0].startswith("Error: ")
+        assert "[y/N]" not in chat.expect("│ Done.\n")
+        assert results(played)[-1].startswith("Error: ")
 
 
 # --- on a terminal ---
@@ -353,16 +350,20 @@ def test_ctrl_backslash_leaves_a_turn_that_waits(
         assert (folder / "notes.md").read_text() == WRITE["content"] and again.leave() == 0
 
 
-@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_colours_are_for_terminals(
-    shared_server: Server, played: ScriptedLLM, folder: Path, environment: dict[str, str], coloured: bool
+def test_colours_are_for_terminals_that_want_them(
+    terminal: Chat, shared_server: Server, played: ScriptedLLM, tmp_path: Path
 ) -> None:
-    with Chat(shared_server, folder, on_terminal=True, environment=environment) as chat:
-        played.script(say("Red."))
-        chat.expect("> ")
-        chat.say("Go")
-        chat.expect("Red.")
-        assert ("\x1b[1;36mcoder\x1b[0m" in chat.seen) == coloured
+    environment = {"NO_COLOR": "1", "XDG_STATE_HOME": str(tmp_path)}
+    (other := tmp_path / "other").mkdir()
+    played.script(say("Red."), say("Grey."))
+    terminal.say("Go")
+    terminal.expect("\x1b[1;36mcoder\x1b[0m")
+    terminal.expect("Red.")
+
+    with Chat(shared_server, other, on_terminal=True, environment=environment) as plain:
+        plain.expect("> ")
+        plain.say("Go")
+        assert "\x1b[1" not in plain.expect("Grey.")
 
 
 # --- what breaks ---
@@ -489,30 +490,26 @@ def test_a_message_to_a_server_that_is_down_is_sent_when_it_is_back(
     assert server.history(chat.session_id) == [("user", "Anybody there?"), ("assistant", "Here.")]
 
 
-@pytest.mark.parametrize(
-    ("announced", "told"),
-    [(b'"content":"one', b'"content":"six'), (b'"path":"notes.md"', b'"path":"other.md"'), (b'"args_hash":"', None)],
-)
-def test_nothing_runs_but_what_was_announced(
-    shared_server: Server, played: ScriptedLLM, folder: Path, announced: bytes, told: bytes | None
-) -> None:
-    played.script(call("write_file", WRITE), say("Done."))
+def told_otherwise(truth: bytes, lie: bytes, data: bytes) -> bytes:
+    """What a server says of open calls, with one thing in it changed."""
+    return data.replace(truth, lie) if b'"open_calls"' in data else data
+
+
+def test_nothing_runs_but_what_was_announced(shared_server: Server, played: ScriptedLLM, folder: Path) -> None:
+    lies = [
+        (b'"content":"one', b'"content":"six'),
+        (b'"notes.md"', b'"other.md"'),
+        (b'"args_hash":"', b'"args-hash":"'),
+    ]
     with Proxy(shared_server) as proxy, Chat(proxy.url, folder) as chat:
-        chat.say("Write it")
-        chat.expect("It waits for an operator")
-
-        def lie(data: bytes) -> bytes:
-            if b'"open_calls"' not in data:
-                return data
-            if told is None:
-                return re.sub(rb'("args_hash":")(.)', lambda m: m[1] + (b"a" if m[2] != b"a" else b"b"), data)
-            assert announced in data
-            return data.replace(announced, told)
-
-        proxy.rewrite = lie
-        decide(shared_server, chat, "approve")
-        chat.expect("Error: What the server has open is not what it announced.")
-        chat.expect("│ Done.\n")
+        for truth, lie in lies:
+            played.script(call("write_file", WRITE), say("Done."))
+            chat.say("Write it")
+            chat.expect("It waits for an operator")
+            proxy.rewrite = partial(told_otherwise, truth, lie)
+            decide(shared_server, chat, "approve")
+            chat.expect("Error: What the server has open is not what it announced.")
+            chat.expect("│ Done.\n")
 
     assert [path.name for path in folder.iterdir()] == ["README.md"]
 
@@ -609,29 +606,46 @@ def test_two_clients_do_not_work_on_one_session(shared_server: Server, folder: P
 
 
 @pytest.mark.parametrize(
-    ("options", "environment", "code", "why"),
+    ("options", "code", "why"),
     [
-        (["--key", "x" * 40], {}, 1, "The server refuses this key"),
-        (["--key", "é" * 40], {}, 2, "The key has characters"),
-        ([], {"INTERNAL_API_KEY": ""}, 2, "There is no key"),
-        (["--session", "none"], {}, 1, "Session none not found. Without --session a new one begins."),
-        (["--session", "../.."], {}, 1, "Not Found"),
-        (["--server", f"http://127.0.0.1:{free_port()}"], {}, 1, "connection refused. `make run` starts one"),
-        (["--server", "localhost:8000"], {}, 2, "--server has to begin with http"),
-        (["--server", "http://no-such-host.invalid"], {}, 1, "unknown host"),
-        (["--workspace", "/none"], {}, 2, "/none cannot be the workspace: No such file or directory."),
-        (["--workspace", "{folder}/README.md"], {}, 2, "README.md is no directory."),
-        (["--workspace", "{folder}/.."], {}, 2, "has the client's own files in it"),
+        (["--key", "x" * 40], 1, "The server refuses this key"),
+        (["--session", "none"], 1, "Session none not found. Without --session a new one begins."),
+        (["--server", f"http://127.0.0.1:{free_port()}"], 1, "connection refused. `make run` starts one"),
+        (["--workspace", "/none"], 2, "/none cannot be the workspace: No such file or directory."),
     ],
 )
 def test_what_is_wrong_is_one_line(
-    shared_server: Server, folder: Path, options: list[str], environment: dict[str, str], code: int, why: str
+    shared_server: Server, folder: Path, options: list[str], code: int, why: str
 ) -> None:
-    options = [option.format(folder=folder) for option in options]
-    with Chat(shared_server, folder, *options, environment=environment) as chat:
+    with Chat(shared_server, folder, *options) as chat:
         assert chat.end() == code
         assert why in chat.seen and "Traceback" not in chat.seen
         assert sum("CommandError" in line for line in chat.seen.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"key": ""}, "There is no key"),
+        ({"key": "é" * 40}, "The key has characters"),
+        ({"key": "x\ny" * 20}, "The key has characters"),
+        ({"server": "localhost:8000"}, "--server has to begin with http"),
+        ({"directory": "{folder}/README.md"}, "README.md is no directory."),
+        ({"directory": "{folder}/.."}, "has the client's own files in it"),
+        ({"directory": "a\0b"}, "cannot be the workspace"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_anybody_is_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, str], why: str
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder.parent / "state"))
+    asked = {"server": "http://127.0.0.1:1", "key": "k" * 40, "directory": str(folder), **wrong}
+    asked["directory"] = asked["directory"].format(folder=folder)
+
+    with pytest.raises(Failure, match=why) as failure:
+        converse(**asked, session_id=None, colours=False)
+
+    assert failure.value.exit_code == 2
 
 
 def test_lines_of_a_file_are_a_conversation(

@@ -55,6 +55,7 @@ class Conversation:
 
     async def attach(self) -> None:
         """Show where the session stands, and go on from there. Raises Refused, Unreachable."""
+        self._screen.end()
         # In this order: what happens in between is shown twice then, and not never.
         standing = await self._calls.open()
         history = await self._connection.get(f"{self._path}/history")
@@ -191,6 +192,7 @@ class Conversation:
             self._screen.changes(asked.arguments if asked else {}, object_at(made, "arguments"))
 
     def _take_end(self, data: dict[str, Any]) -> None:
+        self._screen.end()
         status, code, usage = text_at(data, "status"), text_at(data, "code"), object_at(data, "usage")
         if status == "completed":
             self._screen.line(f"({number_at(usage, 'total_tokens'):,} tokens)", "quiet")

@@ -66,8 +66,7 @@ class Screen:
             shown = ""
         if rest := text[len(shown) :]:
             self.piece(agent, rest, number)
-        self._end_line()
-        self._text = []
+        self.end()
 
     def void(self, after: int) -> None:
         """The server begins the unfinished answer again: what was shown of it past a number is void."""
@@ -78,6 +77,11 @@ class Screen:
             )
         else:
             self.line("[The server was interrupted, and goes on.]", "quiet")
+
+    def end(self) -> None:
+        """Nothing more comes of a text that is not whole."""
+        self._end_line()
+        self._text = []
 
     def call(self, agent: str, tool: str, arguments: dict[str, Any], *, limit: int | None = SHOWN_LINES) -> None:
         """What an agent asks for: short arguments in the line, the rest below it."""

@@ -3,7 +3,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("sessions_app", "0004_tool_calls"),
+        ("sessions_app", "0005_turn_team_version"),
     ]
 
     operations = [

@@ -3,7 +3,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("agents_app", "0005_decide_permission"),
+        ("agents_app", "0006_team_version"),
     ]
 
     operations = [

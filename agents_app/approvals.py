@@ -245,6 +245,7 @@ def recording_refusals(by: Caller, call: ToolCall) -> Iterator[None]:
                 "approval.decide",
                 session_id=call.session_id,
                 target=call.pk,
+                tool_name=call.tool_name,
                 reason=refusal.message,
                 refused=True,
                 code=refusal.code,

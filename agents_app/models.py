@@ -213,6 +213,7 @@ class Decision(models.Model):
 
     class Meta:
         ordering = ["id"]
+        indexes = [models.Index(fields=["decided_at", "verdict"], name="decision_by_time")]
 
     def __str__(self) -> str:
         return f"{self.verdict} by {self.decided_by}"

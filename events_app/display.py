@@ -78,7 +78,8 @@ def moment(value: datetime | None) -> str:
 
 
 def duration(start: datetime | None, end: datetime | None) -> str:
-    return EMPTY if start is None or end is None else f"{(end - start).total_seconds():.1f} s"
+    # Never below nothing: the database's clock and ours are not the same.
+    return EMPTY if start is None or end is None else f"{max(0.0, (end - start).total_seconds()):.1f} s"
 
 
 def box(text: str) -> SafeString:
@@ -91,9 +92,10 @@ def badge(text: str, colour: str = "default") -> SafeString:
     return render_to_string("unfold/helpers/label.html", {"text": visible(text), "type": colour})
 
 
-def link(view: str, pk: Any, text: str) -> SafeString:
+def link(view: str, pk: Any, text: str, *, query: dict[str, str] | None = None) -> SafeString:
     """A link to a page of the admin, named as in `sessions_app_session_change`."""
-    return format_html('<a class="text-link" href="{}">{}</a>', reverse(f"admin:{view}", args=[quote(pk)]), text)
+    address = reverse(f"admin:{view}", args=[quote(pk)], query=query)
+    return format_html('<a class="text-link" href="{}">{}</a>', address, text)
 
 
 class Shown:

@@ -30,6 +30,7 @@ def fact(event_type: str, *, account_id: int, session_id: str, turn_id: str = ""
         event_type=event_type,
         correlation_id=turn_id,
         source=event_type.partition(".")[0],
+        tool_name=data.get("tool_name"),
         data=data,
         timestamp=timezone.now(),
     )
@@ -41,7 +42,15 @@ def record(*facts: Event) -> None:
 
 
 def audit(
-    by: Any, action: str, *, session_id: str, target: str = "", reason: str = "", refused: bool = False, **details: Any
+    by: Any,
+    action: str,
+    *,
+    session_id: str,
+    target: str = "",
+    tool_name: str | None = None,
+    reason: str = "",
+    refused: bool = False,
+    **details: Any,
 ) -> None:
     """Write down who did what, in the transaction in which it happens. `by`: a Caller.
 
@@ -58,6 +67,7 @@ def audit(
         outcome=AuditEntry.Outcome.REFUSED if refused else AuditEntry.Outcome.DONE,
         session_id=session_id,
         target=target,
+        tool_name=tool_name,
         reason=reason,
         details=details,
     )

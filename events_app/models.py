@@ -3,7 +3,7 @@
 import uuid
 
 from django.db import models
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 
 
 class Event(models.Model):
@@ -20,6 +20,8 @@ class Event(models.Model):
     causation_id = models.CharField(max_length=64, blank=True)
     source = models.CharField(max_length=64)
     version = models.CharField(max_length=8, default="1.0")
+    # From its data, where a filter would have to read every row.
+    tool_name = models.CharField(max_length=200, null=True)  # noqa: DJ001 (null stays out of the index)
     data = models.JSONField(default=dict)
     timestamp = models.DateTimeField()
 
@@ -28,6 +30,8 @@ class Event(models.Model):
         indexes = [
             models.Index(fields=["account_id", "event_type", "id"], name="event_by_type"),
             models.Index(fields=["session_id", "id"], name="event_by_session"),
+            models.Index(fields=["tool_name", "id"], condition=Q(tool_name__isnull=False), name="event_by_tool"),
+            models.Index(fields=["timestamp"], name="event_by_time"),
         ]
 
     def __str__(self) -> str:
@@ -95,7 +99,10 @@ class ModelCall(models.Model):
 
     class Meta:
         ordering = ["id"]
-        indexes = [models.Index(fields=["account_id", "session_id", "id"], name="model_call_by_session")]
+        indexes = [
+            models.Index(fields=["account_id", "session_id", "id"], name="model_call_by_session"),
+            models.Index(fields=["created_at"], name="model_call_by_time"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.purpose} by {self.agent} with {self.model}"
@@ -118,6 +125,7 @@ class AuditEntry(models.Model):
     outcome = models.CharField(max_length=16, choices=Outcome.choices)
     session_id = models.CharField(max_length=128, blank=True)
     target = models.CharField(max_length=128, blank=True, help_text="What it was done to, for example a call's id.")
+    tool_name = models.CharField(max_length=200, null=True)  # noqa: DJ001 (null stays out of the index)
     reason = models.TextField(blank=True)
     details = models.JSONField(default=dict)
 
@@ -128,6 +136,10 @@ class AuditEntry(models.Model):
             models.Index(fields=["account_id", "id"], name="audit_by_account"),
             models.Index(fields=["session_id", "id"], name="audit_by_session"),
             models.Index(fields=["target", "id"], name="audit_by_target"),
+            models.Index(fields=["actor", "id"], name="audit_by_actor"),
+            models.Index(fields=["action", "id"], name="audit_by_action"),
+            models.Index(fields=["tool_name", "id"], condition=Q(tool_name__isnull=False), name="audit_by_tool"),
+            models.Index(fields=["at"], name="audit_by_time"),
         ]
 
     def __str__(self) -> str:

@@ -129,6 +129,7 @@ def tool_result(message: ToolResult, caller: Caller) -> Accepted:
                 "call.executed_otherwise",
                 session_id=session.pk,
                 target=call.pk,
+                tool_name=call.tool_name,
                 released_hash=call.args_hash,
                 executed_hash=message.args_hash,
             )

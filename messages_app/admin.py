@@ -6,21 +6,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from django.contrib import admin
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import PermissionDenied, ValidationError
 from django.core.paginator import Page, Paginator
-from django.http import HttpRequest
+from django.db.models import Count, Sum
+from django.http import Http404, HttpRequest, QueryDict
 from django.http.response import HttpResponseBase
-from django.shortcuts import get_object_or_404
+from django.shortcuts import get_object_or_404, redirect
 from django.template.response import TemplateResponse
-from django.urls import URLPattern, path
+from django.urls import URLPattern, path, reverse
 from django.views.decorators.http import require_safe
 from unfold.decorators import display
 
+from agents_app import effects
+from agents_app.admin.card import shown_changes
+from agents_app.effects import Change
+from agents_app.models import Decision
 from events_app.admin import BrowseOnlyAdmin, session_link
-from events_app.display import Shown, badge, box, clipped, duration, link, moment, visible
+from events_app.display import Shown, as_json, box, clipped, duration, link, moment, visible
+from events_app.filters import Exactly, TimeRange, one_of
 from messages_app.models import Message
 from orchestrator_site.http import SESSION_PATH
-from sessions_app.admin import status_badge
+from sessions_app.admin import call_state, status_badge
 from sessions_app.models import Handoff, Session, ToolCall, ToolCallQuerySet, Turn
 
 TURNS_PER_PAGE = 50
@@ -29,7 +35,8 @@ SWITCHES_PER_PAGE = 100
 # Messages are shown whole until a page has this much; what comes then begins here and is whole on its own page.
 CHARACTERS_PER_PAGE = 1_000_000
 BEGINNING = 1_000
-CALL_COLOURS = {"waiting": "warning", "released": "primary", "ok": "success", "error": "danger", "refused": "danger"}
+# Longer arguments are shown as they are stored: indented, deep ones grow many times over.
+INDENTED_CHARACTERS = 20_000
 
 
 @dataclass(slots=True)
@@ -41,8 +48,7 @@ class Said:
     call: ToolCall | None = None
     handoff: Handoff | None = None
     is_cut: bool = False
-    edited: str = ""
-    decided: str = ""
+    changes: list[Change] = field(default_factory=list)
     answer: str = ""
 
     @property
@@ -58,11 +64,32 @@ class Said:
 
     @property
     def state(self) -> str:
-        """A call's status, or how it ended."""
+        return call_state(self.call) if self.call else ""
+
+    @property
+    def decision(self) -> Decision | None:
+        asked = getattr(self.call, "approval", None)
+        return getattr(asked, "decision", None)
+
+    @property
+    def card(self) -> str:
+        """Where the approval of a call is to be read."""
+        asked = getattr(self.call, "approval", None)
+        return reverse("admin:agents_app_approvalrequest_change", args=[asked.pk]) if asked else ""
+
+    @property
+    def course(self) -> str:
+        """When a call was asked for, and how long after that it was decided on, released and answered."""
         if self.call is None:
             return ""
-        state = self.call.outcome or self.call.status
-        return badge(state, CALL_COLOURS.get(state, "default"))
+        asked, decision = self.call.created_at, self.decision
+        steps = {
+            "decided": decision.decided_at if decision else None,
+            "released": self.call.released_at,
+            "answered": self.call.answered_at,
+        }
+        later = [f"{step} after {duration(asked, at)}" for step, at in steps.items() if at is not None]
+        return ", ".join([f"asked {moment(asked)}", *later])
 
 
 @dataclass(slots=True)
@@ -85,7 +112,7 @@ class Entry:
 class MessageAdmin(BrowseOnlyAdmin):
     list_display = ("at", "speaker", "begins", "in_session", "turn_position")
     list_display_links = ("at", "begins")
-    list_filter = ("role", "created_at")
+    list_filter = (("session", Exactly), one_of("role", Message.Role.choices), ("created_at", TimeRange))
     search_fields = ("=session__id", "=agent", "content")
     search_help_text = "Id of a session, an agent, or words of a message"
     ordering = ("-id",)
@@ -131,10 +158,12 @@ class MessageAdmin(BrowseOnlyAdmin):
         ]
 
     def transcript_view(self, request: HttpRequest, session_id: str) -> HttpResponseBase:
-        """A session's turns, TURNS_PER_PAGE to a page; deleted sessions too."""
+        """A session's turns, TURNS_PER_PAGE to a page; deleted ones too. `?call=` and `?turn=` lead to the place."""
         if not (self.has_view_permission(request) and request.user.has_perm("sessions_app.view_session")):
             raise PermissionDenied
         session = get_object_or_404(Session.objects.select_related("account"), pk=session_id)
+        if "call" in request.GET or "turn" in request.GET:
+            return redirect(f"{request.path}?{_place(session, request.GET)}")
         pages = Paginator(session.turns.order_by("position"), TURNS_PER_PAGE)
         page = pages.get_page(request.GET.get("p"))
         switches, switches_left = _switches_beside(session, page)
@@ -144,14 +173,35 @@ class MessageAdmin(BrowseOnlyAdmin):
             "subtitle": clipped(str(session)),
             "opts": Session._meta,
             "original": Shown(session),
-            "media": self.media,
             "session": session,
             "page": page,
             "page_numbers": list(pages.get_elided_page_range(page.number)),
             "entries": list(_entries(page.object_list, switches)),
+            "total": _total(session),
             "switches_left": switches_left,
         }
         return TemplateResponse(request, "messages_app/transcript.html", context)
+
+
+def _place(session: Session, wanted: QueryDict) -> str:
+    """The page of a call or a turn, and where on it. Raises Http404."""
+    try:
+        if "call" in wanted:
+            call = get_object_or_404(session.calls.select_related("turn"), pk=wanted["call"])
+            turn, anchor = call.turn, call.pk
+        else:
+            turn = get_object_or_404(session.turns, pk=wanted["turn"])
+            anchor = f"turn-{turn.position}"
+    except ValidationError:
+        raise Http404("No id of a turn") from None
+    before = session.turns.filter(position__lt=turn.position).count()
+    return f"p={before // TURNS_PER_PAGE + 1}#{anchor}"
+
+
+def _total(session: Session) -> dict[str, int]:
+    tokens = {name: Sum(name, default=0) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    calls = session.calls.aggregate(calls=Count("pk"), decisions=Count("approval__decision"))
+    return {**session.turns.aggregate(**tokens), **calls}
 
 
 def _switches_beside(session: Session, page: Page[Turn]) -> tuple[list[Handoff], int]:
@@ -180,8 +230,7 @@ def _entries(turns: Any, switches: list[Handoff]) -> Iterator[Entry]:
         parts = [call.unusable_arguments or call.arguments_text, call.released_text, call.answer]
         whole = sum(map(len, parts)) <= room
         room -= sum(map(len, parts)) if whole else 0
-        text, edited, answer = (visible(part) if whole else clipped(part, BEGINNING) if part else "" for part in parts)
-        said[call.turn_id].append(Said(text, call=call, edited=edited, answer=answer, decided=_decided(call)))
+        said[call.turn_id].append(_asked(call) if whole else _begun(call))
     for handoff in Handoff.objects.filter(turn__in=list(said)).order_by("id"):
         said[handoff.turn_id].append(Said(visible(handoff.reason), handoff=handoff))
     waiting = deque(switches)
@@ -196,16 +245,19 @@ def _calls_of(turns: list[Any]) -> ToolCallQuerySet:
     return ToolCall.objects.filter(turn__in=turns).select_related("approval__decision").in_order()
 
 
-def _decided(call: ToolCall) -> str:
-    """Why the call had to wait, and how that ended."""
-    if not call.requires_approval:
-        return ""
-    why = f"Needs approval: {visible(call.approval.reason)}" if call.approval.reason else "Needs approval"
-    made = getattr(call.approval, "decision", None)
-    if made is None:
-        return why
-    said = f": {clipped(made.feedback, BEGINNING)}" if made.feedback else ""
-    return f"{why}. {made.verdict.capitalize()} by {visible(made.decided_by)}, {moment(made.decided_at)} UTC{said}"
+def _asked(call: ToolCall) -> Said:
+    """A call with its arguments indented, and what an edit changed of them."""
+    wanted = visible(call.unusable_arguments or call.arguments_text)
+    if not call.unusable_arguments and len(call.arguments_text) <= INDENTED_CHARACTERS:
+        wanted = visible(as_json(call.arguments))
+    changes = shown_changes(effects.changes(call.arguments, call.final_arguments)) if call.released_text else []
+    return Said(wanted, call=call, changes=changes, answer=visible(call.answer))
+
+
+def _begun(call: ToolCall) -> Said:
+    """A call that the page has no more room for."""
+    wanted = clipped(call.unusable_arguments or call.arguments_text, BEGINNING)
+    return Said(wanted, call=call, is_cut=True, answer=clipped(call.answer, BEGINNING) if call.answer else "")
 
 
 def _switch(handoff: Handoff) -> Entry:

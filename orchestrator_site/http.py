@@ -22,6 +22,7 @@ from orchestrator_site.errors import APIError, BadRequest, Invalid, MethodNotAll
 
 SESSION_ID = "[A-Za-z0-9._-]{1,128}"
 SESSION_PATH = "<session_id:session_id>"
+CALL_ID = "call_[A-Za-z0-9]{22}"
 CALL_PATH = "<call_id:call_id>"
 MAX_DEPTH = 64
 MAX_KEYS = 10_000
@@ -40,7 +41,7 @@ class SessionIdConverter(StringConverter):
 
 
 class CallIdConverter(StringConverter):
-    regex = "call_[A-Za-z0-9]{22}"
+    regex = CALL_ID
 
 
 register_converter(SessionIdConverter, "session_id")

@@ -98,6 +98,7 @@ MIDDLEWARE = [
     "orchestrator_site.middleware.RequestMiddleware",
     "servestatic.middleware.ServeStaticMiddleware",
     # Each of these costs a thread hop per request and serves people with a browser: they run under /admin/ alone.
+    "orchestrator_site.admin_middleware.AdminContentPolicyMiddleware",
     "orchestrator_site.admin_middleware.AdminSecurityMiddleware",
     "orchestrator_site.admin_middleware.AdminSessionMiddleware",
     "orchestrator_site.admin_middleware.AdminCommonMiddleware",
@@ -189,6 +190,8 @@ UNFOLD = {
     "SITE_URL": None,
     "SHOW_VIEW_ON_SITE": False,
     "SIDEBAR": {"navigation": "orchestrator_site.navigation.sidebar"},
+    "DASHBOARD_CALLBACK": "orchestrator_site.dashboard.start_page",
+    "STYLES": [f"{STATIC_URL}events_app/admin.css"],
 }
 
 REST_FRAMEWORK = {

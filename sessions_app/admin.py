@@ -1,4 +1,4 @@
-"""Browsing sessions with their turns and handoffs, and the accounts they belong to; the people who may log in."""
+"""Browsing sessions with their turns, tool calls and handoffs, and the accounts they belong to; who may log in."""
 
 from typing import Any
 
@@ -7,19 +7,22 @@ from django.contrib.admin.utils import unquote
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
+from django.core.exceptions import PermissionDenied
 from django.db.models import Max, Model, QuerySet
 from django.http import HttpRequest, HttpResponseRedirect
-from django.shortcuts import redirect
-from django.urls import reverse
+from django.shortcuts import get_object_or_404, redirect
+from django.urls import URLPattern, path, reverse
 from django.utils.http import urlencode
 from django.utils.safestring import SafeString
+from django.views.decorators.http import require_safe
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.decorators import action, display
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 
-from events_app.admin import BrowseOnlyAdmin, session_link
-from events_app.display import EMPTY, badge, box, clipped, duration, link, moment, visible
-from sessions_app.models import Account, Handoff, Session, Turn
+from events_app.admin import YES_OR_NO, BrowseOnlyAdmin, call_link, session_link
+from events_app.display import EMPTY, as_json, badge, box, clipped, duration, link, moment, visible
+from events_app.filters import Exactly, OneOf, TimeRange, exactly, one_of
+from sessions_app.models import Account, Handoff, Session, ToolCall, Turn
 
 STATUS_COLOURS = {
     Turn.Status.QUEUED: "info",
@@ -121,12 +124,10 @@ class TurnsOfSession(TurnColumns, TabularInline):
         return False
 
 
-class DeletedFilter(admin.SimpleListFilter):
+class DeletedFilter(OneOf):
     title = "deletion"
     parameter_name = "deleted"
-
-    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return [("no", "Kept"), ("yes", "Deleted by its client")]
+    values = (("no", "Kept"), ("yes", "Deleted by its client"))
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
         return queryset.filter(deleted_at__isnull=self.value() == "no") if self.value() else queryset
@@ -138,7 +139,12 @@ class SessionAdmin(BrowseOnlyAdmin):
 
     list_display = ("heading", "identity", "agent", "message_count", "turn_count", "last_active", "owner", "state")
     list_display_links = ("heading", "identity")
-    list_filter = (DeletedFilter, "last_activity", "created_at")
+    list_filter = (
+        DeletedFilter,
+        ("current_agent", exactly("agent")),
+        ("last_activity", TimeRange),
+        ("created_at", TimeRange),
+    )
     list_select_related = ("account",)
     search_fields = ("^id", "title", "=current_agent", "=account__name")
     search_help_text = "Beginning of an id, words of a title, an agent or an account"
@@ -198,7 +204,8 @@ class SessionAdmin(BrowseOnlyAdmin):
 
     @action(description="Transcript", icon="forum", permissions=["read_messages"])
     def transcript(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
-        return redirect("admin:messages_app_message_transcript", session_id=unquote(object_id))
+        transcript = reverse("admin:messages_app_message_transcript", args=[unquote(object_id)])
+        return redirect(f"{transcript}?{request.GET.urlencode()}" if request.GET else transcript)
 
     @action(description="Events", icon="history", permissions=["read_events"])
     def events(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
@@ -216,12 +223,21 @@ class SessionAdmin(BrowseOnlyAdmin):
 class TurnAdmin(TurnColumns, BrowseOnlyAdmin):
     list_display = ("accepted", "in_session", "position", "state", "code_shown", "handoff_number", "tokens", "took")
     list_display_links = ("accepted", "position")
-    list_filter = ("status", "created_at")
+    list_filter = (
+        ("session", Exactly),
+        one_of("status", Turn.Status.choices),
+        ("code", Exactly),
+        ("created_at", TimeRange),
+        ("finished_at", TimeRange),
+    )
     search_fields = ("=id", "=session__id", "=code")
     search_help_text = "Id of a turn or a session, or an error code"
     ordering = ("-created_at", "-position")
     fieldsets = (
-        (None, {"fields": (("in_session", "place"), ("state", "code_shown"), ("answered_by", "requested"))}),
+        (
+            None,
+            {"fields": (("in_session", "place", "read"), ("state", "code_shown"), ("answered_by", "requested"))},
+        ),
         ("Times", {"fields": (("accepted", "started"), ("finished", "took"), "cancel_requested")}),
         ("Tokens", {"fields": (("prompt_tokens", "completion_tokens", "total_tokens"),)}),
         ("Runner", {"fields": ("runner", "lease", "attempt", "settled_seq", "handoff_count")}),
@@ -230,6 +246,11 @@ class TurnAdmin(TurnColumns, BrowseOnlyAdmin):
     @display(description="Position")
     def place(self, turn: Turn) -> int:
         return turn.position
+
+    @display(description="Transcript")
+    def read(self, turn: Turn) -> str:
+        place = {"turn": str(turn.pk)}
+        return link("sessions_app_session_transcript", turn.session_id, "what was said", query=place)
 
     @display(description="Agent")
     def answered_by(self, turn: Turn) -> str:
@@ -249,10 +270,144 @@ class TurnAdmin(TurnColumns, BrowseOnlyAdmin):
         return moment(turn.lease_until)
 
 
+# What became of a call, in words and in colour.
+ENDED = {
+    "": ("", "default"),
+    ToolCall.Outcome.OK: ("done", "success"),
+    ToolCall.Outcome.ERROR: ("failed", "danger"),
+    ToolCall.Outcome.REFUSED: ("refused", "danger"),
+    ToolCall.Outcome.REJECTED: ("rejected", "danger"),
+    ToolCall.Outcome.SUPERSEDED: ("superseded", "default"),
+    ToolCall.Outcome.CANCELLED: ("cancelled", "default"),
+}
+OPEN = {
+    ToolCall.Status.WAITING: ("waits for a person", "warning"),
+    ToolCall.Status.RELEASED: ("released, waits for its result", "primary"),
+}
+
+
+def call_state(call: ToolCall) -> SafeString:
+    words, colour = OPEN[ToolCall.Status(call.status)] if call.is_open else ENDED[call.outcome]
+    return badge(words, colour)
+
+
+@admin.register(ToolCall)
+class ToolCallAdmin(BrowseOnlyAdmin):
+    list_display = ("asked", "tool", "by_agent", "state", "gated", "in_session", "identity", "took")
+    list_display_links = ("asked", "tool")
+    list_filter = (
+        ("session", Exactly),
+        ("tool_name", exactly("tool")),
+        ("agent", Exactly),
+        one_of("status", ToolCall.Status.choices),
+        one_of("outcome", ToolCall.Outcome.choices),
+        one_of("requires_approval", YES_OR_NO, "need of approval"),
+        ("created_at", TimeRange),
+    )
+    search_fields = ("=call_id", "=session__id", "=tool_name")
+    search_help_text = "Id of a call or a session, or a tool"
+    ordering = ("-created_at",)
+    fieldsets = (
+        (None, {"fields": (("tool", "by_agent"), ("state", "card"), ("in_session", "in_turn"), "identity")}),
+        ("Times", {"fields": (("asked", "released"), ("answered", "took"))}),
+        ("Arguments", {"fields": ("wanted", "unusable", "final")}),
+        ("Answer", {"fields": ("said",)}),
+        ("Origin", {"fields": (("round", "place"), ("provider", "tool_version"), "args_hash")}),
+    )
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[ToolCall]:
+        whole = super().get_queryset(request).select_related("turn", "approval")
+        return whole.defer("arguments_text", "unusable_arguments", "released_text", "answer")
+
+    def get_urls(self) -> list[URLPattern]:
+        view = self.admin_site.admin_view(require_safe(self.approval_view))
+        return [path("<path:object_id>/approval/", view, name="sessions_app_toolcall_approval"), *super().get_urls()]
+
+    def approval_view(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
+        """From a call's id, which is what records keep, to the card of its approval."""
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+        asked = get_object_or_404(ToolCall, approval__isnull=False, pk=unquote(object_id))
+        return redirect("admin:agents_app_approvalrequest_change", asked.approval.pk)
+
+    @display(description="Asked (UTC)", ordering="created_at")
+    def asked(self, call: ToolCall) -> str:
+        return moment(call.created_at)
+
+    @display(description="Tool", ordering="tool_name")
+    def tool(self, call: ToolCall) -> str:
+        return clipped(call.tool_name, 40)
+
+    @display(description="Agent", ordering="agent")
+    def by_agent(self, call: ToolCall) -> str:
+        return visible(call.agent)
+
+    @display(description="State", ordering="status")
+    def state(self, call: ToolCall) -> str:
+        return call_state(call)
+
+    @display(description="Needs approval", ordering="requires_approval", boolean=True)
+    def gated(self, call: ToolCall) -> bool:
+        return call.requires_approval
+
+    @display(description="Approval")
+    def card(self, call: ToolCall) -> str:
+        asked = getattr(call, "approval", None)
+        return EMPTY if asked is None else link("agents_app_approvalrequest_change", asked.pk, asked.status)
+
+    @display(description="Session")
+    def in_session(self, call: ToolCall) -> str:
+        return session_link(call.session_id)
+
+    @display(description="Turn")
+    def in_turn(self, call: ToolCall) -> str:
+        return link("sessions_app_turn_change", call.turn_id, f"turn {call.turn.position}")
+
+    @display(description="In the transcript")
+    def identity(self, call: ToolCall) -> str:
+        return call_link(call.session_id, call.pk)
+
+    @display(description="Released (UTC)")
+    def released(self, call: ToolCall) -> str:
+        return moment(call.released_at)
+
+    @display(description="Answered (UTC)")
+    def answered(self, call: ToolCall) -> str:
+        return moment(call.answered_at)
+
+    @display(description="Duration")
+    def took(self, call: ToolCall) -> str:
+        return duration(call.created_at, call.answered_at)
+
+    @display(description="Asked for")
+    def wanted(self, call: ToolCall) -> str:
+        return box(as_json(call.arguments))
+
+    @display(description="As the model wrote them")
+    def unusable(self, call: ToolCall) -> str:
+        return box(call.unusable_arguments)
+
+    @display(description="Released, after an edit")
+    def final(self, call: ToolCall) -> str:
+        return box(as_json(call.final_arguments)) if call.released_text else EMPTY
+
+    @display(description="What the model reads")
+    def said(self, call: ToolCall) -> str:
+        return box(call.answer)
+
+    @display(description="Place in it")
+    def place(self, call: ToolCall) -> int:
+        return call.position + 1
+
+    @display(description="The provider's id")
+    def provider(self, call: ToolCall) -> str:
+        return visible(call.provider_id) or EMPTY
+
+
 @admin.register(Handoff)
 class HandoffAdmin(BrowseOnlyAdmin):
     list_display = ("at", "in_session", "passed", "reason_begins", "confidence_shown")
-    list_filter = ("created_at",)
+    list_filter = (("session", Exactly), ("created_at", TimeRange))
     search_fields = ("=session__id", "=from_agent", "=to_agent", "reason")
     search_help_text = "Id of a session, an agent, or words of a reason"
     ordering = ("-id",)

@@ -116,7 +116,10 @@ class Session(models.Model):
 
     class Meta:
         ordering = ["-last_activity", "id"]
-        indexes = [models.Index(fields=["account", "-last_activity", "id"], name="session_by_activity")]
+        indexes = [
+            models.Index(fields=["account", "-last_activity", "id"], name="session_by_activity"),
+            models.Index(fields=["last_activity"], name="session_by_last_activity"),
+        ]
 
     def __str__(self) -> str:
         return self.title or self.pk
@@ -236,6 +239,9 @@ class Turn(models.Model):
                 fields=["created_at"], condition=Q(status__in=["queued", "running"]), name="turn_to_be_claimed"
             ),
             models.Index(fields=["owner"], condition=Q(status="running"), name="turn_by_owner"),
+            models.Index(fields=["created_at"], name="turn_by_time"),
+            models.Index(fields=["status", "created_at"], name="turn_by_status"),
+            models.Index(fields=["status", "finished_at"], name="turn_by_end"),
         ]
 
     def __str__(self) -> str:
@@ -404,6 +410,8 @@ class ToolCall(models.Model):
         constraints = [models.UniqueConstraint(fields=["turn", "round", "position"], name="one_call_per_position")]
         indexes = [
             models.Index(fields=["session"], condition=~Q(status="answered"), name="call_open"),
+            models.Index(fields=["created_at"], name="call_by_time"),
+            models.Index(fields=["tool_name", "created_at"], name="call_by_tool"),
         ]
 
     def __str__(self) -> str:

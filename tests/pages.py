@@ -104,6 +104,8 @@ class Page(HTMLParser):
     def skeleton(self) -> tuple[Any, ...]:
         """Everything but texts. Links to the page itself repeat what was searched for, those to a turn hold its id."""
         leads = [re.sub(r"(?<=^/admin/sessions_app/turn/)[^/?#]+(?=/change/$)", "id", link) for link in self.links]
+        # Those of the start page hold the time at which it was opened.
+        leads = [link.partition("?")[0] if "_from_0=" in link else link for link in leads]
         leads = [link for link in leads if not link.startswith("?")]
         return self.elements, leads, self.scripts, len(self.comments)
 

@@ -1,5 +1,6 @@
 """The admin: who sees what, that the past cannot be changed, that no text of a client or a model comes alive there."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -22,19 +23,19 @@ from agents_app.models import Agent, ApprovalRequest, ApprovalRule, PendingAppro
 from events_app import log
 from events_app.admin import EVENT_TYPES, BrowseOnlyAdmin
 from events_app.display import Shown, as_json, clipped, visible
-from events_app.models import Event, ModelCall
+from events_app.models import AuditEntry, Event, ModelCall
 from messages_app import acceptance, ending
 from messages_app.inbound import ToolResult
 from messages_app.models import Message
 from sessions_app import lifecycle
-from sessions_app.models import Account, Handoff, Session, Turn
+from sessions_app.models import Account, Handoff, Session, ToolCall, Turn
 from tests.factories import CALLER, make_answered_turn, make_session, make_turn, make_waiting_call
 from tests.pages import CONTROLS, INJECTIONS, PASSWORD, RAW, TRICKS, Page, logged_in, staff
 
 pytestmark = pytest.mark.django_db
 
-CONVERSATIONS: list[type[Any]] = [Session, Turn, Handoff, Message]
-RECORDS: list[type[Any]] = [Event, ModelCall]
+CONVERSATIONS: list[type[Any]] = [Session, Turn, ToolCall, Handoff, Message]
+RECORDS: list[type[Any]] = [Event, ModelCall, AuditEntry]
 PAST: list[type[Any]] = [*CONVERSATIONS, *RECORDS, Account]
 TEAM: list[type[Any]] = [Agent, Tool, ApprovalRule]  # edited by superusers: test_team_admin.py
 
@@ -83,8 +84,26 @@ def make_conversation(session_id: str = "s_1") -> Session:
     session.hand_over("ask", reason="By hand.", confidence=None, turn_id=None)
     log.record(lifecycle.fact(session, "agent.switched", turn_id=turn.pk, reason="It is about code."))
     make_model_call(session, turn)
+    make_call(turn)
+    log.audit(CALLER, "call.executed_otherwise", session_id=session.pk, target="something", reason="Because.", more=1)
     session.refresh_from_db()
     return session
+
+
+def make_call(turn: Turn) -> ToolCall:
+    return ToolCall.objects.create(
+        session=turn.session,
+        turn=turn,
+        round=1,
+        position=turn.calls.count(),
+        agent="coder",
+        tool_name="read_file",
+        arguments_text='{"path":"a.md"}',
+        status=ToolCall.Status.ANSWERED,
+        outcome=ToolCall.Outcome.OK,
+        answer="text",
+        answered_at=timezone.now(),
+    )
 
 
 def make_model_call(session: Session, turn: Turn) -> ModelCall:
@@ -101,7 +120,7 @@ def make_model_call(session: Session, turn: Turn) -> ModelCall:
 
 
 def one_of_each(session: Session) -> list[Any]:
-    others: list[type[Any]] = [Turn, Handoff, Message]
+    others: list[type[Any]] = [Turn, Handoff, Message, ToolCall]
     return [
         session,
         session.account,
@@ -272,10 +291,16 @@ def fill(text_of: Callable[[int], str], session_ids: list[str]) -> None:
         write(Turn.objects.filter(session=session_id), text, "code", "requested_agent", "owner")
         write(Handoff.objects.filter(session=session_id), text, "from_agent", "to_agent", "reason", "confidence")
         write(Message.objects.filter(session=session_id), text, "content", "agent")
+        calls = ToolCall.objects.filter(session=session_id)
+        write(calls, text, "agent", "tool_name", "provider_id", "unusable_arguments", "answer")
+        calls.update(arguments_text=json.dumps({"text": text}))
         events = Event.objects.filter(session_id=session_id)
         write(events, text, "event_type", "source", "correlation_id", "causation_id")
         events.update(data={text: text, "list": [text, {"deep": text}]})
         write(ModelCall.objects.filter(session_id=session_id), text, "agent", "model", "error", "turn_id")
+        entries = AuditEntry.objects.filter(session_id=session_id)
+        write(entries, text, "actor", "address", "request_id", "target", "tool_name", "reason")
+        entries.update(details={text: text, "modified_arguments": {text: text}})
     Account.objects.update(name=text_of(0)[:100])
 
 
@@ -565,10 +590,11 @@ def test_a_transcript_shows_each_call_with_who_decided_what_was_changed_and_what
 
     parts = [
         "write_file",
-        '{"content":"long","path":"a.md"}',
+        '"content": "long"',
         "Needs approval: File modification requires user approval. Edit by tests",
         "shorter <b>please</b>",
-        '{"content":"short","path":"a.md"}',
+        "-long",
+        "+short",
         '"status": "approved_with_edits"',
     ]
     places = [text.index(part) for part in parts]

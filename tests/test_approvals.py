@@ -321,8 +321,8 @@ def test_a_decision_is_one_row_one_entry_one_event_and_one_frame(choice: Choice)
     assert (entry.action, entry.outcome, entry.actor) == (f"approval.{choice.verdict}", "done", "olga")
     assert (entry.channel, entry.address, entry.request_id) == ("admin", "192.0.2.7", "r-1")
     assert (entry.account_id, entry.session_id, entry.target, entry.reason) == (1, "s", call.pk, "because")
+    assert entry.tool_name == "write_file"
     assert entry.details == {
-        "tool_name": "write_file",
         "args_hash_before": before,
         "args_hash_after": after,
         "modified_arguments": edited,

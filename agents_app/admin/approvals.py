@@ -18,7 +18,6 @@ from django.urls import URLPattern, path, reverse
 from django.utils.html import format_html
 from django.utils.http import urlencode
 from rest_framework.exceptions import ValidationError
-from unfold.contrib.filters.admin import FieldTextFilter, RangeDateTimeFilter
 from unfold.decorators import display
 
 from agents_app import approvals, effects
@@ -31,6 +30,7 @@ from agents_app.models import ApprovalRequest, Decision, PendingApproval
 from events_app.admin import BrowseOnlyAdmin, session_link
 from events_app.changes import APPROVALS, SESSION
 from events_app.display import EMPTY, badge, clipped, link, moment, visible
+from events_app.filters import TimeRange, exactly
 from orchestrator_site.errors import APIError, Unavailable, from_validation
 from orchestrator_site.http import read_json, wire_time
 from sessions_app.callers import Caller
@@ -193,12 +193,11 @@ class ApprovalRequestAdmin(AboutCall, BrowseOnlyAdmin):
     list_display_links = None
     list_filter = (
         "status",
-        ("tool_name", FieldTextFilter),
-        ("decision__decided_by", FieldTextFilter),
-        ("session__id", FieldTextFilter),
-        ("decision__decided_at", RangeDateTimeFilter),
+        ("tool_name", exactly("tool")),
+        ("decision__decided_by", exactly("operator")),
+        ("session__id", exactly("session")),
+        ("decision__decided_at", TimeRange),
     )
-    list_filter_submit = True
     list_select_related = ("call", "decision", "session")
     search_fields = ("tool_name", "arguments_text", "decision__feedback", "=session__id", "=call__call_id")
     search_help_text = "Words of the arguments, a tool or a feedback, or the id of a session or call"

@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint bench lock
+.PHONY: run test lint bench screenshots lock
 
 run: $(VENV)/installed
 	@$(BIN)/python -m orchestrator_site.serve
 
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -19,6 +19,9 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/decisions.py
+
+screenshots: $(VENV)/installed-dev
+	$(BIN)/python docs/take_screenshots.py
 
 # What runs in production; what tests and lints it comes on top. Both are pinned with hashes.
 $(VENV)/installed: requirements.lock

@@ -205,7 +205,15 @@ SCHEMAS: dict[str, Schema] = {
             "cancelled_turn": {**nullable(UUID), "description": "null when there was none to cancel."},
         }
     ),
-    "OpenCalls": record({"session_id": SESSION_ID, "open_calls": listed(ref("OpenCall")), "count": COUNT}),
+    "OpenCalls": record(
+        {
+            "session_id": SESSION_ID,
+            "open_calls": listed(ref("OpenCall")),
+            "count": COUNT,
+            "open_turn": {**nullable(UUID), "description": "The turn that is not over, if there is one."},
+            "position": {**COUNT, "description": "The session's stream goes on from here after this number."},
+        }
+    ),
     "OpenCall": record(
         {
             "call_id": CALL_ID,

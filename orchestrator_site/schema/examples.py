@@ -113,6 +113,8 @@ EXAMPLES: dict[str, Any] = {
             }
         ],
         "count": 1,
+        "open_turn": TURN,
+        "position": 41,
     },
     "PendingApprovals": {"session_id": SESSION, "pending_approvals": [_WAITING], "count": 1},
     "Approval": _APPROVAL,

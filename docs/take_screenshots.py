@@ -17,9 +17,10 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.people import ADMIN, QUEUE, at_work  # noqa: E402
+from tests.people import QUEUE, at_work  # noqa: E402
 from tests.scripted_llm import ScriptedLLM, call, say  # noqa: E402
 from tests.server import Server  # noqa: E402
+from tests.staff import ADMIN  # noqa: E402
 from tests.terminal import Chat  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
@@ -55,8 +56,7 @@ def prepared(folder: Path, **settings: str) -> Server:
     server = Server(folder, **settings)
     for command in (
         ["migrate", "-v0"],
-        ["createsuperuser", "--noinput", "--username=admin", "--email="],
-        ["shell", "-c", "from tests.people import hire; hire()"],
+        ["shell", "-c", "from tests.staff import hire; hire()"],
     ):
         outcome = server.manage(*command)
         if outcome.returncode:

@@ -26,10 +26,10 @@ def server(tmp_path: Path, llm: ScriptedLLM, migrated: Path) -> Iterator[Server]
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The database file of a fresh installation, made once and copied for every server."""
+    """The database file of a fresh installation with people in it, made once and copied for every server."""
     fresh = Server(tmp_path_factory.mktemp("migrated"))
     fresh.http.close()
-    for command in (["migrate", "-v0"], ["createsuperuser", "--noinput", "--username=admin", "--email="]):
+    for command in (["migrate", "-v0"], ["shell", "-c", "from tests.staff import hire; hire()"]):
         outcome = fresh.manage(*command)
         assert outcome.returncode == 0, outcome.stderr
     return fresh.database
@@ -96,14 +96,3 @@ def browser() -> Iterator[Browser]:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield started
         started.close()
-
-
-@pytest.fixture(scope="session")
-def staffed(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
-    """A fresh installation's database with people in it: operators, an auditor, and the admin."""
-    made = Server(tmp_path_factory.mktemp("staffed"))
-    made.http.close()
-    shutil.copy(migrated, made.database)
-    outcome = made.manage("shell", "-c", "from tests.people import hire; hire()")
-    assert outcome.returncode == 0, outcome.stderr
-    return made.database

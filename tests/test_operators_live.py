@@ -14,15 +14,16 @@ from tests.pages import INJECTIONS
 from tests.people import QUEUE, WAIT_MS, at_work
 from tests.scripted_llm import ScriptedLLM, call, say
 from tests.server import Server, eventually, running
+from tests.staff import password_of
 
 pytestmark = pytest.mark.browser
 expect.set_options(timeout=WAIT_MS)
 
 
 @pytest.fixture
-def office(tmp_path: Path, llm: ScriptedLLM, staffed: Path) -> Iterator[Server]:
+def office(tmp_path: Path, llm: ScriptedLLM, migrated: Path) -> Iterator[Server]:
     llm.route_to = "coder"
-    with running(tmp_path, staffed, LLM_BASE_URL=llm.url, TURN_LEASE_SECONDS="2") as started:
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_LEASE_SECONDS="2") as started:
         yield started
 
 
@@ -230,3 +231,15 @@ def test_a_finished_answer_follows_a_decision_in_the_admin(office: Server, llm: 
         resolved = next(frame.data for frame in seen if frame.type == "approval_resolved")
         assert (resolved["metadata"]["decided_by"], resolved["metadata"]["feedback"]) == ("olga", "No.")
         expect(page.locator("#state")).to_contain_text("The agent was told")
+
+
+def test_who_logs_in_lands_on_the_start_page(office: Server, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(f"{office.url}/admin/login/")
+    page.fill('input[name="username"]', "olga")
+    page.fill('input[name="password"]', password_of("olga"))
+    page.press('input[name="password"]', "Enter")
+
+    page.wait_for_url(f"{office.url}/admin/")
+    assert "olga" in page.inner_text("body")
+    page.close()

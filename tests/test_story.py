@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.people import AUDITOR, QUEUE, WAIT_MS, at_work
+from tests.people import QUEUE, WAIT_MS, at_work
 from tests.server import running
+from tests.staff import AUDITOR
 from tests.terminal import Chat
 
 pytestmark = pytest.mark.browser
@@ -15,12 +16,12 @@ expect.set_options(timeout=WAIT_MS)
 EDITED = "# Cats\n\nThey purr, and omar has read this.\n"
 
 
-def test_a_file_is_written_as_an_operator_edited_it(tmp_path: Path, staffed: Path, browser: Browser) -> None:
+def test_a_file_is_written_as_an_operator_edited_it(tmp_path: Path, migrated: Path, browser: Browser) -> None:
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "README.md").write_text("# Cats\n\nThey purr.\n")
     with (
-        running(tmp_path, staffed) as server,
+        running(tmp_path, migrated) as server,
         Chat(server, folder) as chat,
         at_work(browser, server.url, "olga") as olga,
         at_work(browser, server.url, "omar", theme="dark") as omar,

@@ -27,6 +27,7 @@ from tests.factories import CALLER, act, claim, make_calls, make_session, make_t
 from tests.pages import INJECTIONS, PASSWORD, RAW, TRICKS, Page, logged_in, staff
 from tests.scripted_llm import Gate, ScriptedLLM, call, gated, say
 from tests.server import Server, eventually
+from tests.staff import ADMIN, COOKIE, cookie_of
 from tests.test_admin import TEAM, detail_of, everything, list_of, page_of, queries
 
 TRY = "/admin/agents_app/approvalrule/try/"
@@ -772,11 +773,7 @@ class Browser:
     """A superuser's browser."""
 
     def __init__(self, server: Server) -> None:
-        self.http = httpx.Client(base_url=server.url, timeout=30)
-        token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', self.http.get("/admin/login/").text)
-        assert token is not None
-        login = {"username": "admin", "password": "not-asked-for-here", "csrfmiddlewaretoken": token[1]}
-        assert self.http.post("/admin/login/", data=login).status_code == 302
+        self.http = httpx.Client(base_url=server.url, timeout=30, cookies={COOKIE: cookie_of(ADMIN)})
 
     def edit(self, page: str, **changes: Any) -> None:
         form = Form(self.http.get(f"/admin/agents_app/{page}/").text)

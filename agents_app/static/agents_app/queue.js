@@ -2,6 +2,8 @@
 
 "use strict";
 
+const QUEUE_LINK = 'a[href$="/agents_app/pendingapproval/"]'; // in the sidebar, with the number of those waiting
+
 document.addEventListener("DOMContentLoaded", () => {
   const keyOf = (row) => row.querySelector('input[name="_selected_action"]')?.value ?? row.querySelector("a").href;
   const rowsOf = (page) => [...page.querySelectorAll("#result_list > tbody")];
@@ -34,7 +36,7 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 
   live((page) => {
-    for (const counted of [".queue-count", "#header-inner h1", "#pages"]) {
+    for (const counted of [".queue-count", "#header-inner h1", "#pages", QUEUE_LINK]) {
       document.querySelector(counted).replaceChildren(...page.querySelector(counted).childNodes);
     }
     const [table, fresh] = [document.getElementById("result_list"), page.getElementById("result_list")];

@@ -18,6 +18,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from orchestrator_site.env import Environment
 
+CHAT = ".venv/bin/python manage.py chat --workspace DIR"
 ENV_FILE = Path(__file__).resolve().parent.parent / ".env"
 
 
@@ -175,6 +176,10 @@ def banner(made: dict[str, str], password: str | None) -> str:
             f"    curl -N {address}/agent/message/stream \\",
             f'      -H "X-Internal-Auth: {key or "$INTERNAL_API_KEY"}" -H "Content-Type: application/json" \\',
             f"      -d '{body}'",
+            "",
+            "  Or let the agents work in a directory of yours, and decide in the admin:",
+            "",
+            f"    {CHAT}",
             "",
             "",
         ]

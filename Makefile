@@ -19,6 +19,7 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/decisions.py
+	$(BIN)/python benchmarks/operators.py
 
 screenshots: $(VENV)/installed-dev
 	$(BIN)/python docs/take_screenshots.py

@@ -46,6 +46,7 @@ STATUS = {
 }
 ERROR_CHARS = 2_000
 MAX_FEEDBACK_CHARS = 10_000
+EXECUTED_OTHERWISE = "The client reports that it executed other arguments than those that were released."
 NO_FEEDBACK = "User rejected this operation"
 CLOSED = {
     Verdict.SUPERSEDED: (Outcome.SUPERSEDED, "The user sent a new message before this call had a result."),

@@ -15,6 +15,7 @@ from typing import Any
 
 from django.db.models import Q
 
+from agents_app.approvals import EXECUTED_OTHERWISE
 from agents_app.tools import EXECUTE, WRITE
 from sessions_app.models import ToolCall
 
@@ -24,6 +25,8 @@ ABOUT = ("command", "path", "source", "destination", "query", "mode")
 # Comparing is more than linear: beyond so many changed lines a difference is told as a whole replaced by another.
 COMPARED_LINES = 3_000
 CONTEXT_LINES = 3
+# What a client may say of a file that it has read to the end.
+WHOLE = {"success", "content", "truncated", "lines_read", "total_lines", "path", "encoding", "size"}
 # So many calls on files of the same name are looked through for the content that a file had last.
 LOOKED_THROUGH = 20
 
@@ -98,8 +101,10 @@ def known_content(call: ToolCall, path: str) -> KnownContent | None:
         arguments = one.final_arguments
         if _normal(str(arguments.get("path", ""))) != _normal(path):
             continue
-        text = arguments.get("content") if one.tool_name == WRITE else _as_read(one, arguments)
-        if isinstance(text, str):
+        if EXECUTED_OTHERWISE in one.answer:
+            return None
+        text = _as_written(one, arguments) if one.tool_name == WRITE else _as_read(one, arguments)
+        if text is not None:
             return KnownContent(text, one.pk, one.tool_name == WRITE, one.answered_at)
     return None
 
@@ -183,8 +188,18 @@ def _as_read(call: ToolCall, arguments: dict[str, Any]) -> str | None:
     told = _object(result)
     if not told:
         return result
+    # Clients say in their own ways that this is not all of it: only what says nothing else is taken for the whole.
     content = told.get("content")
-    return content if isinstance(content, str) and not told.get("truncated") else None
+    is_whole = set(told) <= WHOLE and told.get("success", True) is True and not told.get("truncated")
+    lines = told.get("lines_read")
+    return content if isinstance(content, str) and is_whole and lines == told.get("total_lines") else None
+
+
+def _as_written(call: ToolCall, arguments: dict[str, Any]) -> str | None:
+    """What a write left in the file, unless its client says that it failed."""
+    content = arguments.get("content")
+    told = _object(client_result(call))
+    return content if isinstance(content, str) and told.get("success", True) is True and "error" not in told else None
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -48,6 +48,10 @@ REFUSED = {
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 
+# What the library raises for a reference that leads into something else than a schema, such as a word in a list.
+MISREAD = (ValueError, LookupError, TypeError, AttributeError)
+
+
 class SchemaRefused(ValueError):
     """A schema that may not be stored; the text is for people and names the place."""
 
@@ -86,7 +90,7 @@ def complaint(schema: Any, arguments: Any) -> Complaint | None:
     try:
         errors = _validator(json.dumps(schema)).iter_errors(arguments)
         error = best_match(islice(errors, MAX_ERRORS))
-    except (SchemaRefused, Unresolvable, RecursionError, ArithmeticError, re.error) as broken:
+    except (SchemaRefused, Unresolvable, RecursionError, ArithmeticError, re.error, *MISREAD) as broken:
         raise SchemaBroken(str(broken)) from broken
     return None if error is None else Complaint(_words(error), tuple(error.absolute_path))
 
@@ -160,7 +164,7 @@ class _Survey:
             raise SchemaRefused(f"At {_place(place)}: $ref may only refer to places in this schema, beginning with #.")
         try:
             target = self.resolver.lookup(reference).contents
-        except Unresolvable:
+        except (Unresolvable, *MISREAD):
             target = None
         if not isinstance(target, dict | bool):
             raise SchemaRefused(f"At {_place(place)}: $ref {reference} leads to no schema.")

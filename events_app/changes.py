@@ -168,7 +168,7 @@ def _since(newest: int | None) -> tuple[int, set[str]]:
         return last, set()
     # After a long pause, or under a heavy load, the latest are enough: every page hears of its session again soon.
     facts = Event.objects.filter(id__gt=max(newest, last - PAGE)).values_list("session_id", "event_type")
-    channels = set()
+    channels = {APPROVALS} if last - newest > PAGE else set()
     for session_id, event_type in facts:
         channels.add(f"{SESSION}{session_id}")
         if event_type in OF_APPROVALS:

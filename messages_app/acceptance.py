@@ -40,7 +40,6 @@ DECISIONS = {"approve": Verdict.APPROVE, "edit": Verdict.EDIT, "reject": Verdict
 # How clients begin the error of a call that their user did not want (protocol 5).
 REJECTIONS = ("User rejected", "Операция отклонена")
 NO_RESULT = "Tool executed successfully"
-OTHER_ARGUMENTS = "The client reports that it executed other arguments than those that were released."
 
 
 class QueueFull(TooMany):
@@ -202,7 +201,7 @@ def _executed_otherwise(call: ToolCall, message: ToolResult) -> bool:
 
 def _result_of(call: ToolCall, message: ToolResult) -> Result:
     outcome = Outcome.OK if message.error is None else Outcome.ERROR
-    note = OTHER_ARGUMENTS if _executed_otherwise(call, message) else ""
+    note = approvals.EXECUTED_OTHERWISE if _executed_otherwise(call, message) else ""
     return Result(_text_of(message), outcome, note)
 
 

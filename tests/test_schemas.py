@@ -148,3 +148,15 @@ def test_a_pattern_that_is_taken_is_quick_on_the_worst_text(pattern: str, longes
 def test_a_pattern_that_may_be_slow_is_refused(pattern: str, longest: int, is_searched: bool) -> None:
     with pytest.raises(PatternRefused):
         ensure_bounded(pattern, longest=longest, is_searched=is_searched)
+
+
+@pytest.mark.parametrize(
+    "reference", ["#/allOf/x", "#/allOf/9", "#/properties/a/b", "#/type/x", "#/required/-1", "#/~2"]
+)
+def test_a_reference_to_nowhere_is_refused(reference: str) -> None:
+    schema = {"type": "object", "allOf": [{}], "required": ["a"], "properties": {"a": True}, "$ref": reference}
+
+    with pytest.raises(schemas.SchemaRefused):
+        schemas.ensure_usable(schema)
+    with pytest.raises(schemas.SchemaBroken):
+        schemas.complaint(schema, {"a": 1})

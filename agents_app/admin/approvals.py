@@ -44,6 +44,8 @@ STATUS_COLOURS = {
     ApprovalRequest.Status.REJECTED: "danger",
 }
 MAX_REJECTED_AT_ONCE = 100
+# Texts of up to a megabyte that no list shows.
+LARGE = ("call__answer", "call__arguments_text", "call__released_text", "call__unusable_arguments")
 LIVE = ["django_eventstream/reconnecting-eventsource.js", "agents_app/live.js"]
 
 
@@ -86,6 +88,9 @@ class OfThoseWaiting(admin.SimpleListFilter):
         found = ApprovalRequest.objects.pending().order_by(self.column).values_list(self.column, flat=True)
         return [(value, clipped(value, 60)) for value in found.distinct()[:50]]
 
+    def has_output(self) -> bool:
+        return True  # an empty queue fills while it is open
+
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
         return queryset.filter(**{self.column: self.value()}) if self.value() else queryset
 
@@ -123,7 +128,7 @@ class PendingApprovalAdmin(AboutCall, BrowseOnlyAdmin):
         js = [*LIVE, "agents_app/queue.js"]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[PendingApproval]:
-        return super().get_queryset(request).pending()
+        return super().get_queryset(request).pending().defer(*LARGE)
 
     @display(description="Waiting for", ordering="id")
     def age(self, approval: ApprovalRequest) -> str:
@@ -133,11 +138,6 @@ class PendingApprovalAdmin(AboutCall, BrowseOnlyAdmin):
             moment(approval.created_at),
             moment(approval.created_at),
         )
-
-    def changelist_view(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> HttpResponseBase:
-        waiting = ApprovalRequest.objects.pending().count()
-        context = {"title": "Waiting approvals", "channel": APPROVALS, "waiting": waiting, **(extra_context or {})}
-        return super().changelist_view(request, context)
 
     def change_view(self, request: HttpRequest, object_id: str, *args: Any, **kwargs: Any) -> HttpResponseBase:
         return redirect("admin:agents_app_approvalrequest_change", object_id)
@@ -151,10 +151,6 @@ class PendingApprovalAdmin(AboutCall, BrowseOnlyAdmin):
         requests = list(chosen.order_by("id")[: MAX_REJECTED_AT_ONCE + 1])
         if len(requests) > MAX_REJECTED_AT_ONCE:
             self.message_user(request, f"At most {MAX_REJECTED_AT_ONCE} at once.", messages.ERROR)
-            return None
-        if "confirmed" in request.POST:
-            for approval in requests:
-                self._reject_one(request, approval)
             return None
         context = {
             **self.admin_site.each_context(request),
@@ -173,6 +169,24 @@ class PendingApprovalAdmin(AboutCall, BrowseOnlyAdmin):
             ],
         }
         return TemplateResponse(request, "agents_app/reject_many.html", context)
+
+    def changelist_view(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> HttpResponseBase:
+        if request.method == "POST" and "confirmed" in request.POST:
+            return self._reject_confirmed(request)
+        waiting = ApprovalRequest.objects.pending().count()
+        context = {"title": "Waiting approvals", "channel": APPROVALS, "waiting": waiting, **(extra_context or {})}
+        return super().changelist_view(request, context)
+
+    def _reject_confirmed(self, request: HttpRequest) -> HttpResponseBase:
+        """What was confirmed, whatever became of it since: who was faster is told for each."""
+        if not (self.has_decide_permission(request) and self.has_view_permission(request)):
+            raise PermissionDenied
+        keys = request.POST.getlist("_selected_action")[:MAX_REJECTED_AT_ONCE]
+        numbers = [int(key) for key in keys if key.isascii() and key.isdecimal() and len(key) < 19]
+        found = ApprovalRequest.objects.select_related("session", "call").filter(pk__in=numbers)
+        for approval in found.order_by("id"):
+            self._reject_one(request, approval)
+        return redirect("admin:agents_app_pendingapproval_changelist")
 
     def _reject_one(self, request: HttpRequest, approval: ApprovalRequest) -> None:
         name = f"{clipped(approval.tool_name, 60)} {approval.call_id}"
@@ -207,7 +221,8 @@ class ApprovalRequestAdmin(AboutCall, BrowseOnlyAdmin):
         css = {"all": ["agents_app/approvals.css"]}
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[ApprovalRequest]:
-        return super().get_queryset(request).exclude(status=ApprovalRequest.Status.PENDING)
+        decided = super().get_queryset(request).exclude(status=ApprovalRequest.Status.PENDING)
+        return decided.defer(*LARGE, "decision__edited_text")
 
     @display(description="Decided (UTC)", ordering="decision__id")
     def decided(self, approval: ApprovalRequest) -> str:

@@ -24,7 +24,7 @@ SEEN_FOR_SECONDS = 24 * 3600
 MESSAGES_AROUND = 6
 CALLS_AROUND = 20
 SIMILAR_SHOWN = 8
-SIMILAR_LOOKED_THROUGH = 100
+SIMILAR_LOOKED_THROUGH = 30
 BEGINNING = 2_000
 
 
@@ -35,6 +35,7 @@ class Argument:
     name: str
     text: str
     size: str = ""
+    kind: str = ""  # of what is no text: true is not "true"
 
     @property
     def is_long(self) -> bool:
@@ -176,7 +177,7 @@ class Card:
             request__session__account_id=self.session.account_id,
             verdict__in=(Decision.Verdict.APPROVE, Decision.Verdict.EDIT, Decision.Verdict.REJECT),
         ).exclude(request=self.approval)
-        latest = made.select_related("request").order_by("-id")[:SIMILAR_LOOKED_THROUGH]
+        latest = made.select_related("request").defer("edited_text").order_by("-id")[:SIMILAR_LOOKED_THROUGH]
         found = [_similar(each, self.about) for each in latest]
         return sorted(found, key=lambda each: not each.is_same)[:SIMILAR_SHOWN]
 
@@ -222,7 +223,7 @@ def shown_changes(changes: list[Change]) -> list[Change]:
 def _argument(name: str, value: Any) -> Argument:
     if not isinstance(value, str):
         value = json.dumps(value, indent=2, ensure_ascii=False)
-        return Argument(visible(name), visible(value), _measured(value) if "\n" in value else "")
+        return Argument(visible(name), visible(value), _measured(value) if "\n" in value else "", "no text")
     return Argument(visible(name), visible(value), _measured(value) if "\n" in value or len(value) > 200 else "")
 
 

@@ -16,6 +16,7 @@ from django.shortcuts import redirect
 from unfold.admin import ModelAdmin
 
 from events_app import log
+from events_app.admin import ensure_text, is_harmless
 from events_app.display import Shown, visible
 from sessions_app.callers import FIRST_ACCOUNT, Caller
 
@@ -87,7 +88,11 @@ class EditableAdmin(ModelAdmin):
         """Why it cannot be deleted, if so."""
         return None
 
+    def lookup_allowed(self, lookup: str, value: str, request: HttpRequest) -> bool:
+        return is_harmless(self.model, lookup) and super().lookup_allowed(lookup, value, request)
+
     def changelist_view(self, request: HttpRequest, extra_context: Values | None = None) -> HttpResponseBase:
+        ensure_text(request)
         if request.method == "POST":
             raise PermissionDenied
         return super().changelist_view(request, extra_context)

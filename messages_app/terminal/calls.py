@@ -64,8 +64,6 @@ class Calls:
         self._outcomes: dict[str, Outcome] = journal.outcomes
         self._reported: set[str] = set()
         self._answers: dict[str, tuple[Call, bool]] = {}
-        # Asked for when a client worked here with another directory, or with none that is known.
-        self._strange: set[str] = set()
 
     @property
     def are_due(self) -> bool:
@@ -83,17 +81,16 @@ class Calls:
             call, waits = Call.of(one, text_at(one, "args_hash")), one.get("state") == "waiting"
             if call.call_id in self._reported:
                 continue
-            if not self._journal.is_known:
-                self._strange.add(call.call_id)
             if waits:
                 self._waiting[call.call_id] = call
             else:
                 self._due[call.call_id] = None
             found.append((call, waits))
-        self._journal.is_known = True
+        self._journal.settle({call.call_id for call, _ in found})
         return found
 
     def announce(self, call: Call, *, waits: bool) -> None:
+        self._journal.settle(set())
         if waits:
             self._waiting[call.call_id] = call
         elif call.call_id not in self._reported:
@@ -153,7 +150,7 @@ class Calls:
                 return None  # it cannot be executed, whatever the answer
         if self._journal.was_cut(call.call_id):
             return Question(call, "It had begun when this client stopped. Execute it again?", folder)
-        if call.call_id in self._strange:
+        if call.call_id in self._journal.strange:
             return Question(call, f"It was asked for elsewhere. Execute it here, in {self._workspace.root}?", folder)
         return Question(call, "Run it?", folder) if folder else None
 

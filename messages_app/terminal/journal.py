@@ -28,13 +28,14 @@ class Journal:
         self._begun: set[str] = set()
         self._outcomes: dict[str, Outcome] = {}
         self._workspace = str(workspace)
+        # Calls that were asked for when another directory was the workspace, or none that is known.
+        self.strange: set[str] = set()
         told_workspace = None
         for line in self._lines():
             told_workspace = line.get("workspace", told_workspace)
             self._take(line)
         # Whether it was this directory that the session's open calls were asked for.
         self.is_known = told_workspace == self._workspace
-        self._append({"workspace": self._workspace})
 
     @classmethod
     def of(cls, server: str, session_id: str, workspace: Path) -> Self:
@@ -53,6 +54,13 @@ class Journal:
     def close(self) -> None:
         os.close(self._file)
 
+    def settle(self, found: set[str]) -> None:
+        """From now on calls are asked for this directory; those `found` open before were not, unless it was known."""
+        if not self.is_known:
+            self.strange |= found
+            self._tell_workspace()
+            self.is_known = True
+
     def begin(self, call_id: str) -> None:
         """Said before a call is executed. Raises OSError: then it must not be."""
         self._append({"begun": call_id})
@@ -66,9 +74,10 @@ class Journal:
         """The server has the outcome, or wants none any more."""
         self._outcomes.pop(call_id, None)
         self._begun.discard(call_id)
+        self.strange.discard(call_id)
         if not self._begun and not self._outcomes:
             os.ftruncate(self._file, 0)
-            self._append({"workspace": self._workspace})
+            self._tell_workspace()
 
     @property
     def outcomes(self) -> dict[str, Outcome]:
@@ -78,6 +87,11 @@ class Journal:
     def was_cut(self, call_id: str) -> bool:
         """Whether it was begun and never ended."""
         return call_id in self._begun and call_id not in self._outcomes
+
+    def _tell_workspace(self) -> None:
+        for call_id in self.strange:
+            self._append({"strange": call_id})
+        self._append({"workspace": self._workspace})
 
     def _append(self, line: dict[str, Any]) -> None:
         # On a line of its own, also after one in the middle of which a client died.
@@ -90,6 +104,8 @@ class Journal:
         match line:
             case {"begun": str(call_id)}:
                 self._begun.add(call_id)
+            case {"strange": str(call_id)}:
+                self.strange.add(call_id)
             case {"ended": str(call_id), "outcome": dict(outcome)}:
                 self._outcomes[call_id] = outcome
 

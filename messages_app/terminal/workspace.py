@@ -299,17 +299,25 @@ def check_arguments(function: Callable[..., Any], arguments: dict[str, Any]) -> 
         raise ToolError(f"{function.__name__} needs {', '.join(missing)}.")
 
 
+class TimeUp(BaseException):
+    """No Exception: whoever passes over a file that cannot be read must not pass over this."""
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise ToolError in whatever takes longer: a regular expression may take for ever, a tree may be endless."""
+    """Raise ToolError for whatever takes longer: a regular expression may take for ever, a tree may be endless."""
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise ToolError(f"This took longer than {seconds:g} seconds. Look in fewer files, or for something simpler.")
+        raise TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except TimeUp:
+        raise ToolError(
+            f"This took longer than {seconds:g} seconds. Look in fewer files, or for something simpler."
+        ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -73,7 +73,11 @@ function live(merge) {
       heard();
       readAgain();
     });
-    source.addEventListener("keep-alive", heard);
+    // Two facts may be stored in another order than they are seen: nobody waits for more than this.
+    source.addEventListener("keep-alive", () => {
+      heard();
+      readAgain();
+    });
     source.addEventListener("changed", () => {
       heard();
       readAgain();

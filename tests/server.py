@@ -86,7 +86,13 @@ class Server:
             **settings,
         }
         self.process: subprocess.Popen[bytes] | None = None
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=AUTH, timeout=TIMEOUT)
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}",
+            headers=AUTH,
+            timeout=TIMEOUT,
+            # The server closes what is idle for 5 s, perhaps in the moment in which it is used again.
+            limits=httpx.Limits(keepalive_expiry=2),
+        )
 
     @property
     def url(self) -> str:

@@ -3,8 +3,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from django.test import Client
 from playwright.sync_api import Browser, sync_playwright
 
 from tests.scripted_llm import ScriptedLLM
@@ -65,6 +67,38 @@ def played(shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
     shared_llm.default = default
     assert left == 0
     assert shared_llm.refused[seen:] == []
+
+
+# --- People in Django's own client ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_passwords(settings: Any) -> None:
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+
+@pytest.fixture
+def superuser(quick_passwords: None, db: None) -> Client:
+    # Imported late: there are no apps yet when this file is read.
+    from django.contrib.auth.models import User
+
+    from tests.pages import PASSWORD, logged_in
+
+    return logged_in(User.objects.create_superuser("root", password=PASSWORD))
+
+
+@pytest.fixture
+def operator(quick_passwords: None, db: None) -> Client:
+    from tests.pages import logged_in, staff
+
+    return logged_in(staff("olga", "operators"))
+
+
+@pytest.fixture
+def auditor(quick_passwords: None, db: None) -> Client:
+    from tests.pages import logged_in, staff
+
+    return logged_in(staff("alan", "auditors"))
 
 
 # --- A real browser ------------------------------------------------------------------------------------------------

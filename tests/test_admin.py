@@ -32,32 +32,12 @@ from sessions_app.models import Account, Handoff, Session, ToolCall, Turn
 from tests.factories import CALLER, make_answered_turn, make_session, make_turn, make_waiting_call
 from tests.pages import CONTROLS, INJECTIONS, PASSWORD, RAW, TRICKS, Page, logged_in, staff
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("quick_passwords")]
 
 CONVERSATIONS: list[type[Any]] = [Session, Turn, ToolCall, Handoff, Message]
 RECORDS: list[type[Any]] = [Event, ModelCall, AuditEntry]
 PAST: list[type[Any]] = [*CONVERSATIONS, *RECORDS, Account]
 TEAM: list[type[Any]] = [Agent, Tool, ApprovalRule]  # edited by superusers: test_team_admin.py
-
-
-@pytest.fixture(autouse=True)
-def quick_passwords(settings: Any) -> None:
-    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
-
-
-@pytest.fixture
-def superuser() -> Client:
-    return logged_in(User.objects.create_superuser("root", password=PASSWORD))
-
-
-@pytest.fixture
-def operator() -> Client:
-    return logged_in(staff("olga", "operators"))
-
-
-@pytest.fixture
-def auditor() -> Client:
-    return logged_in(staff("alan", "auditors"))
 
 
 def page_of(model: type[Any], page: str, *args: Any) -> str:

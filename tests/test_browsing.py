@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from django.contrib import admin
 from django.contrib.admin.utils import quote
-from django.contrib.auth.models import User
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -25,9 +24,9 @@ from messages_app.models import Message
 from sessions_app import lifecycle
 from sessions_app.models import Handoff, Session, ToolCall, Turn
 from tests.factories import CALLER, OPERATOR, make_calls, make_session, make_turn, make_waiting_call, wanted
-from tests.pages import INJECTIONS, PASSWORD, RAW, TRICKS, Page, logged_in, staff
+from tests.pages import INJECTIONS, RAW, TRICKS, Page, logged_in, staff
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("quick_passwords")]
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TIMED: dict[str, tuple[Any, str]] = {
@@ -40,26 +39,6 @@ TIMED: dict[str, tuple[Any, str]] = {
     "sessions_app_handoff": (Handoff, "created_at"),
     "messages_app_message": (Message, "created_at"),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick_passwords(settings: Any) -> None:
-    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
-
-
-@pytest.fixture
-def superuser() -> Client:
-    return logged_in(User.objects.create_superuser("root", password=PASSWORD))
-
-
-@pytest.fixture
-def auditor() -> Client:
-    return logged_in(staff("alan", "auditors"))
-
-
-@pytest.fixture
-def operator() -> Client:
-    return logged_in(staff("olga", "operators"))
 
 
 def list_of(model: type[Any]) -> str:

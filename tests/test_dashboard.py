@@ -2,7 +2,6 @@
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
@@ -20,31 +19,11 @@ from orchestrator_site import dashboard, navigation
 from orchestrator_site.dashboard import DAYS, Chart, Figure
 from sessions_app.models import Session, Turn
 from tests.factories import OPERATOR, fail, make_session, make_turn, make_waiting_call, run
-from tests.pages import PASSWORD, Page, logged_in, staff
+from tests.pages import Page, logged_in, staff
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("quick_passwords")]
 
 HOME = "/admin/"
-
-
-@pytest.fixture(autouse=True)
-def quick_passwords(settings: Any) -> None:
-    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
-
-
-@pytest.fixture
-def superuser() -> Client:
-    return logged_in(User.objects.create_superuser("root", password=PASSWORD))
-
-
-@pytest.fixture
-def auditor() -> Client:
-    return logged_in(staff("alan", "auditors"))
-
-
-@pytest.fixture
-def operator() -> Client:
-    return logged_in(staff("olga", "operators"))
 
 
 def figures(client: Client) -> dict[str, Figure]:

@@ -162,10 +162,9 @@ class PendingApprovalAdmin(AboutCall, BrowseOnlyAdmin):
                     approval,
                     visible(approval.tool_name),
                     clipped(effects.touched(approval.arguments), ABOUT_CHARS),
-                    sealed,
+                    seal(approval, request.user.pk),
                 )
                 for approval in requests
-                if (sealed := seal(approval, request.user.pk))
             ],
         }
         return TemplateResponse(request, "agents_app/reject_many.html", context)

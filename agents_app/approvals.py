@@ -23,7 +23,6 @@ from agents_app.team import Team, UnknownToTeam
 from agents_app.tools import ON_THE_SERVER, CallRefused
 from events_app import log
 from events_app.chunks import ApprovalResolved, Chunk, ErrorShown, TurnFinished
-from events_app.feed import feed
 from events_app.models import Event
 from orchestrator_site.errors import Conflict, Forbidden, Invalid, NotFound
 from orchestrator_site.http import wire_time
@@ -206,7 +205,7 @@ def decide(
     closes = choice.verdict in BY_A_PERSON and not goes_on
     lifecycle.emit(session, *chunks, origin=str(call.turn_id), closes=closes)
     if goes_on:
-        transaction.on_commit(feed.wake_runner)
+        lifecycle.wake_runner(session.pk)
     return goes_on
 
 
@@ -434,4 +433,4 @@ def _fail_turn(call: ToolCall) -> None:
         TurnFinished(str(turn.pk), Turn.Status.FAILED, ArgumentsChanged.code, turn.usage),
         origin=str(turn.pk),
     )
-    transaction.on_commit(feed.wake_runner)
+    lifecycle.wake_runner(session.pk)

@@ -1,5 +1,6 @@
 """Following a session's stream: replay from the log, then live; and the response that every stream uses."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -28,11 +29,11 @@ async def follow(session_id: str, *, after: int, until: str | None = None) -> As
     With `until`, the frames of that origin alone, up to the one that closes its answer. An empty list is a heartbeat.
     """
     with feed.subscribe(session_id, ends_with_session=until is None) as live:
+        live.position = after
         while True:
             ended = live.ended
             # The unlogged ones first: what leaves that list while the log is read is in the log by then.
-            live.reread = False
-            live.frames.clear()
+            live.begin_reading()
             unlogged = feed.unlogged(session_id)
             more = True
             while more:
@@ -48,31 +49,23 @@ async def follow(session_id: str, *, after: int, until: str | None = None) -> As
             if closed or ended:
                 return
             while not live.reread and not live.ended:
-                frames = list(live.frames)
-                live.frames.clear()
-                if _has_hole(frames, after):
-                    # Of two commits the later one may be published first: what is missing is in the log by now.
-                    live.reread = True
-                    break
-                ready, after, closed = _fresh(frames, after, until)
+                ready, after, closed = _fresh(live.take(after), after, until)
+                live.position = after
                 if ready:
                     yield ready
                 if closed:
                     return
-                if not live.frames:
-                    await live.news()
                 if live.beat:
                     live.beat = False
                     yield []
-
-
-def _has_hole(frames: list[Frame], after: int) -> bool:
-    """Whether a number is missing between a follower's position and these frames; often it was never given."""
-    for frame in frames:
-        if frame.seq > after + 1:
-            return True
-        after = max(after, frame.seq)
-    return False
+                if not live.has_hole:
+                    await live.news()
+                    continue
+                # Of two commits the later one may be published first; another process's frames may come without those
+                # before them. What is missing is in the log by now, or will be with the next group commit.
+                if live.waits_for_commit:
+                    await asyncio.sleep(settings.STREAM_COMMIT_SECONDS)
+                live.reread = True
 
 
 def _fresh(frames: list[Frame], after: int, until: str | None) -> tuple[list[Frame], int, bool]:

@@ -26,7 +26,6 @@ from agents_app.approvals import (
 )
 from events_app import log
 from events_app.chunks import ErrorShown
-from events_app.feed import feed
 from messages_app import ending
 from messages_app.inbound import HitlDecision, SwitchAgent, ToolResult, UserMessage
 from messages_app.models import Message
@@ -95,7 +94,9 @@ def user_message(message: UserMessage, caller: Caller) -> Accepted:
         title=session.title if session.title is not None else message.content.strip()[:TITLE_CHARS],
     )
     log.record(lifecycle.fact(session, "session.message.added", turn_id=turn.pk, role="user", sent_by=caller.name))
-    transaction.on_commit(feed.wake_runner)
+    if not unfinished:
+        # Behind another turn it is that one's end that lets it run.
+        lifecycle.wake_runner(session.pk)
     after = lifecycle.position(session) if unfinished else session.next_seq - 1
     return Accepted(session.pk, str(turn.pk), after)
 
@@ -143,7 +144,7 @@ def tool_result(message: ToolResult, caller: Caller) -> Accepted:
         approvals.answer(session, call, _result_of(call, message))
         goes_on = call.turn.go_on()
         if goes_on:
-            transaction.on_commit(feed.wake_runner)
+            lifecycle.wake_runner(session.pk)
         return Accepted(session.pk, origin, after, has_frames=goes_on)
 
 

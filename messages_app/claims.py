@@ -29,7 +29,17 @@ def claim_turns(owner: str, limit: int) -> list[Begun]:
 
     One transaction for all of them: with SQLite each costs a sync of the disk.
     """
-    candidates = list(Turn.objects.claimable().values_list("pk", "session_id")[: min(limit, CLAIMS_AT_ONCE)])
+    return _claim(owner, list(Turn.objects.claimable().values_list("pk", "session_id")[: min(limit, CLAIMS_AT_ONCE)]))
+
+
+def claim_in(owner: str, session_id: str) -> Begun | None:
+    """The same for the one turn of a session that may run now, if there is one."""
+    candidates = Turn.objects.claimable().filter(session=session_id).values_list("pk", "session_id")
+    begun = _claim(owner, list(candidates))
+    return begun[0] if begun else None
+
+
+def _claim(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> list[Begun]:
     try:
         return _claim_together(owner, candidates)
     except (OperationalError, InterfaceError):
@@ -172,16 +182,21 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
     return logged
 
 
-def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID]) -> set[str]:
-    """Keep the turns that this runner works on and still holds; the sessions in which somebody left it something.
+def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID]) -> None:
+    """Keep the turns that this runner works on and still holds.
 
     Only those it names: one that it has given up on is still its own by name, and has to reach the end of its lease.
     """
-    held = Turn.objects.held_by(owner).filter(pk__in=turn_ids)
     with transaction.atomic():
         # Locked in one order, as the group commit does it.
-        kept = held.select_for_update().filter(lease_until__gt=Now()).order_by("pk").values_list("pk", flat=True)
+        held = Turn.objects.held_by(owner).filter(pk__in=turn_ids).select_for_update()
+        kept = held.filter(lease_until__gt=Now()).order_by("pk").values_list("pk", flat=True)
         Turn.objects.filter(pk__in=list(kept)).update(lease_until=lease_end())
+
+
+def wishes(owner: str, turn_ids: Sequence[uuid.UUID]) -> set[str]:
+    """The sessions in which somebody left something to a turn that this runner works on: a frame, a wish to cancel."""
+    held = Turn.objects.held_by(owner).filter(pk__in=turn_ids)
     waiting = StreamBatch.objects.unnumbered().values("session_id")
     return {
         *held.filter(cancel_requested_at__isnull=False).values_list("session_id", flat=True),
@@ -191,4 +206,6 @@ def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID]) -> set[str]:
 
 def give_back(claim: Claim) -> None:
     """Let the lease run out now, so that another runner need not wait for it."""
-    Turn.mine(claim).update(lease_until=Now())
+    with transaction.atomic():
+        Turn.mine(claim).update(lease_until=Now())
+        lifecycle.wake_runner(claim.session_id)

@@ -60,4 +60,4 @@ def _end(session: Session, turn: Turn, verdict: Verdict, by: Caller) -> None:
         raise TurnMoved("The turn moved on while it was being ended.")
     chunk = TurnFinished(str(turn.pk), Turn.Status.CANCELLED, verdict, turn.usage)
     lifecycle.emit(session, chunk, origin=str(turn.pk))
-    transaction.on_commit(feed.wake_runner)
+    lifecycle.wake_runner(session.pk)

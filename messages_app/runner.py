@@ -1,11 +1,11 @@
-"""The embedded runner: turns as tasks on the web server's own event loop."""
+"""Who runs turns: what every runner does with those it has claimed, and the one on the web server's own event loop."""
 
 import asyncio
 import logging
 import os
 import socket
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -13,7 +13,8 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError
 
 from agents_app.llm import close_model, get_model
-from events_app.database import hop
+from events_app.clock import every
+from events_app.database import hop, read
 from events_app.feed import feed
 from events_app.frames import Frame
 from messages_app import claims
@@ -26,69 +27,72 @@ logger = logging.getLogger(__name__)
 
 # How long a turn whose wake-up got lost, or whose runner died, waits to be noticed beyond its lease.
 POLL_SECONDS = 1.0
+# How long a wish of another process (a cancelled turn, a frame to be numbered) waits when its wake-up got lost.
+WISH_SECONDS = 0.5
 PRUNE_SECONDS = 600.0
+HAND_OVER_SECONDS = 5.0
 
 
-class EmbeddedRunner:
-    """Claims turns and runs them; commits what they stream, renews what they hold, prunes what is old."""
+class Runner:
+    """Runs claimed turns; commits what they stream, renews what they hold, hands them over when the process stops."""
 
     def __init__(self) -> None:
         self.owner = f"{socket.gethostname()[:20]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        self._wake = asyncio.Event()
+        self.is_stopping = False
         self._streams: dict[uuid.UUID, TurnStream] = {}
-        self._turns: set[asyncio.Task[None]] = set()
-        self._loops: list[asyncio.Task[None]] = []
+        self._running: set[asyncio.Task[Any]] = set()
+        self._clocks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         get_model()  # imports what it needs now, not while the first turns wait
-        feed.attach(asyncio.get_running_loop(), on_wake=self._wake.set)
-        self._loops = [
-            asyncio.create_task(self._claim_for_ever()),
-            asyncio.create_task(_every(settings.STREAM_COMMIT_SECONDS, self._commit_deltas)),
-            asyncio.create_task(_every(settings.TURN_LEASE_RENEWAL_SECONDS, self._renew)),
-            # Well within the longest silence that is promised: a beat may come late.
-            asyncio.create_task(_every(settings.STREAM_HEARTBEAT_SECONDS * 2 / 3, _heartbeat)),
-            asyncio.create_task(_every(PRUNE_SECONDS, _prune)),
+        self._clocks = [
+            asyncio.create_task(every(settings.STREAM_COMMIT_SECONDS, self._commit_deltas)),
+            asyncio.create_task(every(settings.TURN_LEASE_RENEWAL_SECONDS, self._renew)),
+            asyncio.create_task(every(WISH_SECONDS, self._look)),
         ]
+
+    def begin_stopping(self) -> None:
+        """Take no turn any more, and interrupt those that run: each is handed over by whoever runs it."""
+        self.is_stopping = True
+        for stream in self._streams.values():
+            stream.interrupt(Stopping())
 
     async def stop(self) -> None:
         """Hand every running turn over, with what it has streamed, and end."""
-        self._loops[0].cancel()
-        for stream in self._streams.values():
-            stream.interrupt(Stopping())
-        if self._turns:
-            await asyncio.wait(self._turns, timeout=5)
-        for task in [*self._loops, *self._turns]:
+        self.begin_stopping()
+        if self._running:
+            await asyncio.wait(self._running, timeout=HAND_OVER_SECONDS)
+        for task in [*self._clocks, *self._running]:
             task.cancel()
-        await asyncio.gather(*self._loops, *self._turns, return_exceptions=True)
-        feed.detach()
+        await asyncio.gather(*self._clocks, *self._running, return_exceptions=True)
         await close_model()
 
-    async def _claim_for_ever(self) -> None:
-        while True:
-            self._wake.clear()
-            claimed: list[tuple[Claim, list[Frame]]] = []
-            if room := max(settings.TURNS_AT_ONCE - len(self._turns), 0):
-                try:
-                    claimed = await hop(claims.claim_turns, self.owner, room)
-                except Exception:
-                    logger.exception("claim_failed")
-            for claim, frames in claimed:
-                task = asyncio.create_task(self._run(claim, frames))
-                self._turns.add(task)
-                task.add_done_callback(self._turns.discard)
-            if not claimed:
-                await _wait(self._wake, POLL_SECONDS)
+    async def run_in(self, session_id: str) -> None:
+        """Run the turns of a session one after the other in this task, until none may run."""
+        if task := asyncio.current_task():
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        while not self.is_stopping:
+            begun = await hop(claims.claim_in, self.owner, session_id)
+            if begun is None:
+                return
+            await self.run(*begun)
 
-    async def _run(self, claim: Claim, frames: list[Frame]) -> None:
+    async def run(self, claim: Claim, frames: list[Frame]) -> None:
+        """Run a turn that this runner has claimed; `frames` are those that its claim has logged."""
         if (lost := self._streams.get(claim.turn_id)) is not None:
             # Taken over within this process: the earlier run still works on it and does not know yet.
             lost.interrupt(LostClaim(f"turn {lost.origin} was taken over"))
         stream = self._streams[claim.turn_id] = TurnStream(claim)
+        if self.is_stopping:
+            stream.interrupt(Stopping())
         settled = False
         try:
             with feed.writing(claim.session_id, stream):
-                feed.publish(claim.session_id, frames)
+                if frames:
+                    # All before them is logged.
+                    before = frames[0].seq - 1
+                    feed.publish(claim.session_id, frames, prev=before, logged=before)
                 settled = await self._run_to_its_end(claim, stream)
         finally:
             if self._streams.get(claim.turn_id) is stream:
@@ -96,7 +100,6 @@ class EmbeddedRunner:
             if not settled:
                 # What was shown may not be what is stored: followers go by the log.
                 feed.poke(claim.session_id)
-            self._wake.set()  # the session's next turn may be ready
 
     async def _run_to_its_end(self, claim: Claim, stream: TurnStream) -> bool:
         """Run a claimed turn until it ends, waits, or is left to somebody else; whether what became of it is stored."""
@@ -138,32 +141,68 @@ class EmbeddedRunner:
 
     async def _renew(self) -> None:
         if self._streams:
-            for session_id in await hop(claims.renew_leases, self.owner, list(self._streams)):
-                feed.poke(session_id)
+            await hop(claims.renew_leases, self.owner, list(self._streams))
+
+    async def _look(self) -> None:
+        """Learn of what others have left to this runner's turns and could not tell it."""
+        if self._streams:
+            for session_id in await read(claims.wishes, self.owner, list(self._streams)):
+                feed.look(session_id)
+
+
+class EmbeddedRunner(Runner):
+    """Claims whatever turn may run, for itself alone; and prunes what is old."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """A turn may be ready to run."""
+        self._wake.set()
+
+    def start(self) -> None:
+        super().start()
+        self._clocks += [
+            asyncio.create_task(self._claim_for_ever()),
+            asyncio.create_task(every(PRUNE_SECONDS, prune)),
+        ]
+
+    def begin_stopping(self) -> None:
+        super().begin_stopping()
+        self.wake()
+
+    async def _claim_for_ever(self) -> None:
+        while not self.is_stopping:
+            self._wake.clear()
+            claimed: list[tuple[Claim, list[Frame]]] = []
+            if room := max(settings.TURNS_AT_ONCE - len(self._running), 0):
+                try:
+                    claimed = await hop(claims.claim_turns, self.owner, room)
+                except Exception:
+                    logger.exception("claim_failed")
+            for claim, frames in claimed:
+                task = asyncio.create_task(self.run(claim, frames))
+                self._running.add(task)
+                task.add_done_callback(self._ended)
+            if not claimed:
+                await _wait(self._wake, POLL_SECONDS)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self.wake()  # the session's next turn may be ready
+
+
+async def prune() -> None:
+    """Forget what is older than it is kept, in transactions of bounded size."""
+    while await hop(retention.prune_streams) == retention.SESSIONS_AT_ONCE:
+        pass
 
 
 async def _hand_over(stream: TurnStream) -> None:
     """Log what was shown, and let somebody else take the turn at once."""
     await stream.commit(nothing)
     await hop(claims.give_back, stream.claim)
-
-
-async def _heartbeat() -> None:
-    feed.heartbeat()
-
-
-async def _prune() -> None:
-    while await hop(retention.prune_streams) == retention.SESSIONS_AT_ONCE:
-        pass
-
-
-async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        try:
-            await act()
-        except Exception:
-            logger.exception("clock_work_failed", extra={"work": act.__name__})
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

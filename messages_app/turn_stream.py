@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -78,6 +78,7 @@ class TurnStream:
         self.origin = str(claim.turn_id)
         self.lock = asyncio.Lock()
         self._next, self._end = claim.first_seq, claim.block_end
+        self._published = self._logged = claim.first_seq - 1
         self._spare: tuple[int, int] | None = None
         self._unlogged: list[Frame] = []
         self._held: list[str] | None = None
@@ -101,7 +102,11 @@ class TurnStream:
     def _show(self, text: str) -> None:
         frame = Frame.of(self._take(), self.origin, encode_delta(text))
         self._unlogged.append(frame)
-        feed.publish(self.session_id, (frame,))
+        self._publish((frame,))
+
+    def _publish(self, frames: Sequence[Frame]) -> None:
+        feed.publish(self.session_id, frames, prev=self._published, logged=self._logged)
+        self._published = frames[-1].seq
 
     def _take(self) -> int:
         if self._next >= self._end:
@@ -137,7 +142,10 @@ class TurnStream:
                         await asyncio.wait([writing])
                 if writing.exception() is None:
                     self._unlogged.clear()
-                    feed.publish(self.session_id, writing.result()[0])
+                    self._logged = self._published
+                    if frames := writing.result()[0]:
+                        self._publish(frames)
+                        self._logged = self._published
                 held, self._held = "".join(self._held), None
                 # Without numbers the commit has failed, and this claim will say nothing more.
                 if held and (self._next < self._end or self._spare):
@@ -218,6 +226,7 @@ class TurnStream:
 
     def logged(self, count: int, spare: tuple[int, int] | None) -> None:
         """The first `count` unlogged frames are in the log now, and perhaps there is a new block of numbers."""
+        self._logged = self._unlogged[count - 1].seq
         del self._unlogged[:count]
         self._spare = self._spare or spare
 

@@ -53,6 +53,7 @@ TURN_MAX_OUTPUT_CHARS = env.integer("TURN_MAX_OUTPUT_CHARS", 200_000, at_least=1
 TURN_MAX_HANDOFFS = env.integer("TURN_MAX_HANDOFFS", 10, at_least=1)
 TURN_MAX_ROUNDS = env.integer("TURN_MAX_ROUNDS", 25, at_least=1)
 TURN_QUEUE_LENGTH = env.integer("TURN_QUEUE_LENGTH", 5)
+TURN_RUNNER = env.choice("TURN_RUNNER", "embedded", {"embedded", "procrastinate"})
 TURNS_AT_ONCE = env.integer("TURNS_AT_ONCE", 500, at_least=1)
 STREAM_COMMIT_SECONDS = env.seconds("STREAM_COMMIT_SECONDS", 0.1)
 STREAM_HEARTBEAT_SECONDS = env.seconds("STREAM_HEARTBEAT_SECONDS", 15)
@@ -134,6 +135,19 @@ DATABASES = {
         },
     }
 }
+if TURN_RUNNER == "procrastinate":
+    if "sqlite" in DATABASES["default"]["ENGINE"]:
+        raise ImproperlyConfigured("TURN_RUNNER procrastinate needs PostgreSQL: set DATABASE_URL to postgres://...")
+    # Its migrations do not run on SQLite.
+    INSTALLED_APPS.append("procrastinate.contrib.django")
+    PROCRASTINATE_WORKER_DEFAULTS = {"name": None, "concurrency": TURNS_AT_ONCE, "delete_jobs": "successful"}
+REDIS_URL = env.url("REDIS_URL", schemes={"redis", "rediss", "unix"})
+if REDIS_URL:
+    # A server that takes connections and answers nothing must not hold anybody for longer.
+    redis = {"address": REDIS_URL, "socket_connect_timeout": 1, "socket_timeout": 1}
+    CHANNEL_LAYERS = {
+        "default": {"BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer", "CONFIG": {"hosts": [redis]}}
+    }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
 TIME_ZONE = "UTC"
@@ -244,6 +258,9 @@ LOGGING = {
         # Access lines would hold query strings, and somebody will put a key there.
         "uvicorn.access": {"level": "CRITICAL"},
         "daphne": {"level": "WARNING"},
+        # While Redis is away it has something to say every second; `layer_away` and `layer_back` say it once.
+        "channels_redis": {"level": "CRITICAL"},
+        "procrastinate": {"level": "WARNING"},
         "axes": {"level": "WARNING"},
         "django_eventstream": {"level": "WARNING"},
     },

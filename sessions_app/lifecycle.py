@@ -5,19 +5,22 @@ Whoever changes a session or gives numbers of its stream takes the lock of its r
 
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
+from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import OuterRef, Subquery
-from django.db.models.functions import Now
+from django.db.models.functions import Coalesce, Now
 
 from events_app import log
 from events_app.chunks import Chunk, encode
 from events_app.feed import feed
 from events_app.frames import Frame
-from events_app.models import Event
+from events_app.models import Event, StreamBatch
 from orchestrator_site.errors import Invalid
 from orchestrator_site.http import SESSION_ID
+from sessions_app import jobs
 from sessions_app.callers import Caller
 from sessions_app.models import Session, SessionIdTaken, Turn, UnknownSession, new_id
 
@@ -84,6 +87,23 @@ def rejoining(session: Session) -> tuple[int, uuid.UUID | None]:
     oldest = turns.unfinished().order_by("position").values("pk")[:1]
     found = Session.objects.annotate(settled=Subquery(live), open_turn=Subquery(oldest)).get(pk=session.pk)
     return found.next_seq - 1 if found.settled is None else found.settled, found.open_turn
+
+
+def newest(session_ids: Sequence[str]) -> list[tuple[str, int, bool]]:
+    """Of each of these sessions its id, the number of the last frame in its log, and whether it was deleted."""
+    logged = StreamBatch.objects.numbered().filter(session_id=OuterRef("pk")).order_by("-last_seq").values("last_seq")
+    found = Session.objects.filter(pk__in=session_ids).annotate(last=Coalesce(Subquery(logged[:1]), 0))
+    return [
+        (pk, last, deleted_at is not None) for pk, last, deleted_at in found.values_list("pk", "last", "deleted_at")
+    ]
+
+
+def wake_runner(session_id: str) -> None:
+    """Have the session's next turn run, in the transaction that lets it: a wake-up here, or a job for a worker."""
+    if settings.TURN_RUNNER == "procrastinate":
+        jobs.run_turns(session_id)
+    else:
+        transaction.on_commit(feed.wake_runner)
 
 
 def emit(session: Session, *chunks: Chunk, origin: str, closes: bool = True) -> None:

@@ -163,8 +163,8 @@ async def test_a_follower_that_reads_nothing_costs_a_bounded_queue_and_misses_no
             read = list(await anext(batches))
             for block in blocks:
                 await hop(log.append, "slow", block)
-                feed.publish("slow", block)
-                assert len(never_reads.frames) <= QUEUE_FRAMES
+                feed.publish("slow", block, prev=block[0].seq - 1, logged=block[-1].seq)
+                assert never_reads.waiting <= QUEUE_FRAMES
             assert never_reads.reread
 
             while read[-1].seq < count:

@@ -1,0 +1,28 @@
+"""What Procrastinate's workers do: run turns; every so often recover what dead ones left, and prune what is old."""
+
+from typing import cast
+
+from procrastinate import JobContext
+from procrastinate.contrib.django import app
+
+from messages_app import recovery, runner
+from sessions_app import jobs
+
+
+@app.task(name=jobs.RUN_TURNS, queue=jobs.QUEUE, pass_context=True)
+async def run_turns(context: JobContext, *, session_id: str) -> None:
+    """Run the turns of a session on this worker's runner."""
+    await cast(runner.Runner, context.additional_context["runner"]).run_in(session_id)
+
+
+# The sixth field of a cron expression is the seconds. Before all turns that wait, and never twice in the queue.
+@app.periodic(cron="* * * * * */5")
+@app.task(name="recover", queue=jobs.QUEUE, queueing_lock="recover", priority=100, pass_context=True)
+async def recover(context: JobContext, timestamp: int) -> None:
+    await recovery.recover(context.app.job_manager)
+
+
+@app.periodic(cron="*/10 * * * *")
+@app.task(name="prune", queue=jobs.QUEUE, queueing_lock="prune", priority=100)
+async def prune(timestamp: int) -> None:
+    await runner.prune()

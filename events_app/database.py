@@ -1,15 +1,19 @@
-"""How async code reaches the database: one hop to a small pool of threads is one function, mostly one transaction."""
+"""How async code reaches the database: one hop to a small pool of threads is one function, mostly one transaction.
+
+On SQLite each thread keeps its connection; on PostgreSQL each hop takes one of the pool's and gives it back.
+"""
 
 import asyncio
 import contextvars
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
-from django.db import connections
+from django.db import OperationalError, connection, connections
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
@@ -20,6 +24,8 @@ THREADS = 4
 _writers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-write")
 # SQLite's readers wait for nobody; in one queue with the writers they would wait for their lock.
 _readers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-read")
+# When a thread last waited for a connection in vain.
+_refused_at = 0.0
 
 
 async def hop(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -34,7 +40,7 @@ async def read(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 
 async def _submit(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kwargs: Any) -> T:
     context = contextvars.copy_context()  # the log lines of a request carry its id on every thread
-    work = partial(context.run, _run, function, args, kwargs)
+    work = partial(context.run, _run, function, args, kwargs, time.monotonic())
     return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 
@@ -67,11 +73,30 @@ def _close(together: threading.Barrier) -> None:
     connections.close_all()
 
 
-def _run(function: Callable[..., T], args: Any, kwargs: Any) -> T:
+def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) -> T:
+    global _refused_at
+    if asked_at < _refused_at:
+        # Those that stood in the queue meanwhile do not wait as long once more, one after the other.
+        raise OperationalError("there was no connection to the database")
     try:
         return function(*args, **kwargs)
+    except OperationalError as error:
+        if _has_waited_in_vain(error):
+            _refused_at = time.monotonic()
+        raise
     finally:
-        for connection in connections.all(initialized_only=True):
-            # A SQLite connection is cheap to keep and costs a checkpoint to close; one that broke is not kept.
-            connection.close_at = None
-            connection.close_if_unusable_or_obsolete()
+        for each in connections.all(initialized_only=True):
+            if each.vendor == "sqlite":
+                # Cheap to keep, and closing it costs a checkpoint; one that broke is not kept.
+                each.close_at = None
+                each.close_if_unusable_or_obsolete()
+            else:
+                each.close()
+
+
+def _has_waited_in_vain(error: OperationalError) -> bool:
+    if connection.vendor != "postgresql":
+        return False
+    from psycopg_pool import PoolTimeout
+
+    return isinstance(error.__cause__, PoolTimeout)

@@ -8,6 +8,7 @@ from typing import Self
 
 from asgiref.sync import SyncToAsync
 from django.conf import settings
+from django.db import connections
 from django.http import StreamingHttpResponse
 
 from events_app import log
@@ -154,4 +155,6 @@ def release_thread() -> None:
     context = SyncToAsync.thread_sensitive_context.get(None)
     executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context is not None else None
     if executor is not None:
+        # What it looked up, such as a user of the admin, took a connection, which would be gone with the thread.
+        executor.submit(connections.close_all)
         executor.shutdown(wait=False)

@@ -1,6 +1,7 @@
 """Casts for environment variables: a value that does not fit stops the start and names the variable."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,13 +75,9 @@ class Environment:
         return self._read(name, "", cast)
 
     def database(self, name: str, default: str) -> dict[str, Any]:
-        def cast(raw: str) -> dict[str, Any]:
-            if not raw.startswith("sqlite:///"):
-                raise ValueError("has to start with sqlite:///")
-            return dict(environ.Env.db_url_config(raw))
-
+        """What Django's DATABASES has for an address: sqlite:///file or postgres://user:password@host:port/name."""
         self.names.append(name)
-        return self._cast(name, self._values.get(name) or default, cast)
+        return self._cast(name, self._values.get(name) or default, _database)
 
     def _read(self, name: str, default: T, cast: Callable[[str], T]) -> T:
         self.names.append(name)
@@ -93,6 +90,23 @@ class Environment:
             return cast(raw)
         except (ValueError, environ.ImproperlyConfigured) as error:
             raise ImproperlyConfigured(f"{name} {error}.") from None
+
+
+def _database(raw: str) -> dict[str, Any]:
+    if not raw.startswith(("sqlite:///", "postgres://", "postgresql://")):
+        raise ValueError("has to start with sqlite:/// or postgres://")
+    try:
+        found = dict(environ.Env.db_url_config(raw))
+    except ValueError:
+        # Its text would quote a part of the address, and that can be one of the password.
+        found = {}
+    name = found.get("NAME", "")
+    # A password with a slash ends in what is taken for the name.
+    if not name or (not raw.startswith("sqlite") and re.search("[/@]", name)):
+        raise ValueError(
+            "has to be sqlite:///FILE or postgres://USER:PASSWORD@HOST:PORT/NAME, with %-escapes in the password"
+        )
+    return found
 
 
 def _number(raw: str, kind: Callable[[str], Any], name: str = "a number") -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from asgiref.sync import markcoroutinefunction
 from django.core.exceptions import BadRequest as DjangoBadRequest
 from django.core.exceptions import DisallowedHost, SuspiciousOperation, TooManyFieldsSent
+from django.db import Error as DatabaseError
 from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.http.response import HttpResponseBase
@@ -68,11 +69,11 @@ class RequestMiddleware:
 
     def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponseBase | None:
         """What a view raised. The admin keeps Django's own pages, but for the refusals that we foresee."""
-        if request.path_info.startswith("/admin/") and isinstance(exception, APIError):
-            return readable(exception)
-        if request.path_info.startswith(OPEN_PREFIXES):
-            return None
-        return answer(request, as_api_error(exception))
+        if not request.path_info.startswith(OPEN_PREFIXES):
+            return answer(request, as_api_error(exception))
+        if isinstance(exception, APIError) or is_unavailable(exception):
+            return readable(as_api_error(exception))
+        return None
 
 
 def as_api_error(exception: Exception) -> APIError:
@@ -82,8 +83,7 @@ def as_api_error(exception: Exception) -> APIError:
             return exception
         case Http404():
             return NotFound("Not Found")
-        # Not every DatabaseError: a refused value or a broken constraint is a fault of ours, and no reason to retry.
-        case OperationalError() | InterfaceError():
+        case _ if is_unavailable(exception):
             logger.error("database_unavailable", exc_info=exception)
             return Unavailable("The database does not answer at the moment.")
         case TooManyFieldsSent():
@@ -92,6 +92,15 @@ def as_api_error(exception: Exception) -> APIError:
             return BadRequest("Bad Request")
     logger.error("request_failed", exc_info=exception)
     return internal_error()
+
+
+def is_unavailable(exception: Exception) -> bool:
+    """Whether it is the database's fault, for which one tries again. A refused value or a broken constraint is ours."""
+    if isinstance(exception, OperationalError | InterfaceError):
+        return True
+    # What PostgreSQL says after a failover, and of a transaction that it has ended.
+    states = ("25006", "25P03")
+    return isinstance(exception, DatabaseError) and getattr(exception.__cause__, "sqlstate", None) in states
 
 
 def internal_error() -> APIError:

@@ -38,9 +38,10 @@ def main() -> None:
 
     ensure_port_free(settings.HOST, settings.PORT)
     try:
+        ensure_database_usable()
         password = prepare_database()
     except DatabaseError as error:
-        sys.exit(f"Countersign does not start: DATABASE_URL, {settings.DATABASES['default']['NAME']}: {error}.")
+        sys.exit(f"Countersign does not start: DATABASE_URL, {database_shown()}: {one_line(error)}.")
     sys.stdout.write(banner(made, password))
     sys.stdout.flush()
 
@@ -109,6 +110,35 @@ def append(env_file: Path, values: dict[str, str]) -> None:
         if file.tell() and not env_file.read_bytes().endswith(b"\n"):
             file.write("\n")
         file.writelines(f"{name}={value}\n" for name, value in values.items())
+
+
+def ensure_database_usable() -> None:
+    """Raise DatabaseError with the reason, which the pool would keep to itself and try again."""
+    from django.db import DatabaseError, connection
+
+    if connection.vendor != "postgresql":
+        return
+    with connection.wrap_database_errors:
+        probe = connection.Database.connect(**connection.get_connection_params())  # type: ignore[attr-defined]
+    with probe:
+        encoding = probe.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise DatabaseError(f"the database stores texts as {encoding} and has to store them as UTF8")
+
+
+def database_shown() -> str:
+    """Which database it is, without its password."""
+    from django.conf import settings
+
+    where = settings.DATABASES["default"]
+    if "sqlite" in where["ENGINE"]:
+        return str(where["NAME"])
+    user, port = (where["USER"] and f"{where['USER']}@"), (where["PORT"] and f":{where['PORT']}")
+    return f"postgres://{user}{where['HOST']}{port}/{where['NAME']}"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".?")
 
 
 def prepare_database() -> str | None:

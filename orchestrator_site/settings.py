@@ -123,18 +123,54 @@ TEMPLATES = [
         },
     }
 ]
-# SQLite: write-ahead log so that readers and the writer do not wait for each other, IMMEDIATE because upgrading a read
-# to a write fails at once whatever the timeout, FULL because what was acknowledged has to survive a power cut.
-DATABASES = {
-    "default": {
-        **env.database("DATABASE_URL", f"sqlite:///{BASE_DIR / 'countersign.sqlite3'}"),
-        "OPTIONS": {
-            "timeout": 8,
-            "transaction_mode": "IMMEDIATE",
-            "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;",
-        },
+database = env.database("DATABASE_URL", f"sqlite:///{BASE_DIR / 'countersign.sqlite3'}")
+in_the_address = database.get("OPTIONS", {})
+DATABASE_POOL_SIZE = env.integer("DATABASE_POOL_SIZE", 12, at_least=4, at_most=1_000)
+# Write-ahead log so that readers and the writer do not wait for each other, IMMEDIATE because upgrading a read to a
+# write fails at once whatever the timeout, FULL because what was acknowledged has to survive a power cut.
+on_sqlite = {
+    "OPTIONS": {
+        "timeout": 8,
+        "transaction_mode": "IMMEDIATE",
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;",
     }
 }
+# What each connection asks PostgreSQL for, whatever the role or the database has as its default. A lock is waited for a
+# little less than a query may take, so that the log tells one from the other.
+parameters = {
+    "statement_timeout": "5s",
+    "lock_timeout": "4s",
+    "idle_in_transaction_session_timeout": "15s",
+    "synchronous_commit": "on",  # what was acknowledged has to survive a power cut
+    "default_transaction_isolation": r"read\ committed",
+    "TimeZone": "UTC",
+}
+on_postgresql = {
+    "CONN_MAX_AGE": 0,
+    "CONN_HEALTH_CHECKS": True,
+    "OPTIONS": {
+        "application_name": "countersign",
+        "connect_timeout": 3,
+        # A host that is gone without a word: what is sent is not acknowledged, or nothing comes.
+        "tcp_user_timeout": 3_000,
+        "keepalives_idle": 2,
+        "keepalives_interval": 1,
+        "keepalives_count": 3,
+        **in_the_address,
+        "options": " ".join(f"-c {name}={value}" for name, value in parameters.items())
+        + f" {in_the_address.get('options', '')}",
+        "pool": {
+            "name": "countersign",
+            "min_size": 2,
+            "max_size": DATABASE_POOL_SIZE,
+            # A request that gets no connection is answered with 503 after this.
+            "timeout": 3,
+            # Then the pool gives up, and who asks next has it try again: its own pauses grow to minutes.
+            "reconnect_timeout": 1,
+        },
+    },
+}
+DATABASES = {"default": {**database, **(on_sqlite if "sqlite" in database["ENGINE"] else on_postgresql)}}
 if TURN_RUNNER == "procrastinate":
     if "sqlite" in DATABASES["default"]["ENGINE"]:
         raise ImproperlyConfigured("TURN_RUNNER procrastinate needs PostgreSQL: set DATABASE_URL to postgres://...")
@@ -262,6 +298,7 @@ LOGGING = {
         "channels_redis": {"level": "CRITICAL"},
         "procrastinate": {"level": "WARNING"},
         "axes": {"level": "WARNING"},
+        "psycopg": {"level": "WARNING"},
         "django_eventstream": {"level": "WARNING"},
     },
 }

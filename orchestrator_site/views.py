@@ -1,5 +1,6 @@
 """Health, and the answers to what no view takes."""
 
+import sys
 from typing import Any
 
 from django.conf import settings
@@ -11,7 +12,14 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from orchestrator_site.errors import BadRequest, NotFound
-from orchestrator_site.middleware import OPEN_PREFIXES, answer, internal_error
+from orchestrator_site.middleware import (
+    OPEN_PREFIXES,
+    answer,
+    as_api_error,
+    internal_error,
+    is_unavailable,
+    readable,
+)
 
 
 class HealthView(APIView):
@@ -37,6 +45,10 @@ def not_found(request: HttpRequest, exception: Exception) -> HttpResponseBase:
 
 
 def server_error(request: HttpRequest, **_: Any) -> HttpResponseBase:
+    # Of what a middleware raised, such as that of the admin's sessions; views are asked elsewhere.
+    exception = sys.exc_info()[1]
+    if isinstance(exception, Exception) and is_unavailable(exception):
+        return readable(as_api_error(exception))
     if request.path_info.startswith(OPEN_PREFIXES):
         return defaults.server_error(request)
     return answer(request, internal_error())

@@ -58,6 +58,13 @@ def test_a_malformed_setting_stops_the_start_and_is_named(installation: Path) ->
     assert "2 MiB" not in outcome.stderr  # it could be a secret in the wrong place
 
 
+def test_an_address_that_cannot_be_read_does_not_show_the_password_in_it(installation: Path) -> None:
+    outcome = check(installation, {**SOUND, "DATABASE_URL": "postgres://user:open/sesame@host/name"})
+
+    assert_refused_in_one_line(outcome, "DATABASE_URL", "%-escapes")
+    assert "open" not in outcome.stderr and "sesame" not in outcome.stderr
+
+
 def test_an_env_file_is_read_and_what_is_wrong_in_it_is_named(installation: Path) -> None:
     (installation / ".env").write_text(f"SECRET_KEY={'s' * 50}\nINTERNAL_API_KEY=too-short\n")
     without = {name: value for name, value in SOUND.items() if name != "SECRET_KEY"}
@@ -96,8 +103,13 @@ KINDS: dict[str, tuple[Read, list[str], list[tuple[str, Any]]]] = {
     ),
     "database": (
         lambda env: env.database("NAME", "sqlite:///d")["NAME"],
-        ["mysql://host/x", "x.sqlite3", "sqlite"],
-        [("sqlite:////tmp/x.sqlite3", "/tmp/x.sqlite3"), ("", "d")],  # noqa: S108 (nothing is opened)
+        ["mysql://host/x", "x.sqlite3", "sqlite", "postgres://host", "postgres://u:pass/word@h/x", "postgres://h:x/n"],
+        [
+            ("sqlite:////tmp/x.sqlite3", "/tmp/x.sqlite3"),  # noqa: S108 (nothing is opened)
+            ("postgres://user:p%40ss@host:5432/name?sslmode=require", "name"),
+            ("postgresql:///name", "name"),
+            ("", "d"),
+        ],
     ),
 }
 BAD = [pytest.param(read, raw, id=f"{kind} {raw[:20]}") for kind, (read, bad, _) in KINDS.items() for raw in bad]

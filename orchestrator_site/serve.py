@@ -156,6 +156,7 @@ def prepare_database() -> str | None:
 def ensure_superuser() -> str | None:
     from django.conf import settings
     from django.contrib.auth import get_user_model
+    from django.db import IntegrityError
 
     users = get_user_model()
     if users.objects.filter(is_superuser=True).exists():
@@ -165,7 +166,10 @@ def ensure_superuser() -> str | None:
     if not password:
         password = made = secrets.token_urlsafe(12)
         append(ENV_FILE, {"DJANGO_SUPERUSER_PASSWORD": made})
-    users.objects.create_superuser(settings.DJANGO_SUPERUSER_USERNAME, password=password)
+    try:
+        users.objects.create_superuser(settings.DJANGO_SUPERUSER_USERNAME, password=password)
+    except IntegrityError:
+        return None  # another process starts beside this one, and was faster
     return made
 
 

@@ -146,6 +146,16 @@ class StreamReset:
         return {"metadata": {"from": self.oldest}}
 
 
+@dataclass(frozen=True, slots=True)
+class StreamPosition:
+    """What follows is past this number."""
+
+    type: ClassVar[str] = "stream_position"
+
+    def as_wire(self) -> dict[str, Any]:
+        return {}
+
+
 Chunk = (
     AssistantText
     | ToolCalled
@@ -156,6 +166,7 @@ Chunk = (
     | TurnFinished
     | Restarted
     | StreamReset
+    | StreamPosition
 )
 
 # The contract's own chunks, which the old gateway forwards. Everything else is sent in a form that it skips.
@@ -175,3 +186,4 @@ def encode_delta(text: str) -> str:
 
 FORWARDED_PREFIX = "event: message\ndata: "
 DELTA_PREFIX = 'data:{"type":"assistant_message","token":'
+RESTARTED_PREFIX = f'{{"type":"{Restarted.type}"'

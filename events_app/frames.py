@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Self
 
-from events_app.chunks import DELTA_PREFIX, FORWARDED_PREFIX, Chunk, encode
+from events_app.chunks import DELTA_PREFIX, FORWARDED_PREFIX, RESTARTED_PREFIX, Chunk, encode
 
 PING = b": ping\n\n"
+_FORWARDED = FORWARDED_PREFIX.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,28 @@ class Frame:
         return cls(seq, origin, f"id: {seq}\n{body}".encode("ascii"), body.startswith(DELTA_PREFIX), closes)
 
     @property
+    def data(self) -> str:
+        """The JSON of its chunk."""
+        return self.wire.partition(b"data:")[2].decode("ascii").strip()
+
+    @property
     def body(self) -> str:
         return self.wire.partition(b"\n")[2].decode("ascii")
 
     @property
     def forwarded(self) -> str | None:
         """The JSON of a chunk of the contract, which the old gateway hands on to its clients; None for the rest."""
-        _, found, rest = self.wire.partition(FORWARDED_PREFIX.encode())
-        return rest.decode("ascii").strip() if found else None
+        return self.data if _FORWARDED in self.wire else None
+
+    @property
+    def numbered(self) -> str:
+        """The JSON of its chunk with its number as `id`, for a wire that has no field of its own for it."""
+        return f'{{"id":{self.seq},{self.data[1:]}' if self.wire.startswith(b"id:") else self.data
+
+    @property
+    def concerns_deltas(self) -> bool:
+        """Whether it is one, or says that some are void: nothing to those who read whole chunks alone."""
+        return self.is_delta or self.data.startswith(RESTARTED_PREFIX)
 
     @classmethod
     def unnumbered(cls, chunk: Chunk) -> Self:

@@ -21,10 +21,14 @@ class MessageOrchestrationService:
     The first thing it yields is an empty list, when the message is accepted: until then it raises APIError, afterwards
     nothing. A later empty list is a heartbeat. A complete answer ends with `DONE`; one that does not was cut short by a
     server that stops, and is resumed on the session's stream. Whoever stops listening stops nothing.
+
+    One that `follows` nothing is for callers that read the session's stream already: it yields what is said to this
+    message alone, and ends.
     """
 
-    def __init__(self, caller: Caller) -> None:
+    def __init__(self, caller: Caller, *, follows: bool = True) -> None:
         self.caller = caller
+        self._follows = follows
 
     def receive(self, message: Inbound) -> Frames:
         """The way in for a message."""
@@ -40,36 +44,37 @@ class MessageOrchestrationService:
 
     def process_message(self, message: UserMessage) -> Frames:
         """Open a turn; its frames up to the end of the answer, or to the calls that it waits for."""
-        return _answer(partial(acceptance.user_message, message, self.caller))
+        return self._answer(partial(acceptance.user_message, message, self.caller))
 
     def switch_agent(self, message: SwitchAgent) -> Frames:
         """Pass the session to another agent at once; exactly one frame."""
-        return _answer(partial(acceptance.switch_agent, message, self.caller))
+        return self._answer(partial(acceptance.switch_agent, message, self.caller))
 
     def process_tool_result(self, message: ToolResult) -> Frames:
         """Answer a tool call; when no other is open, the frames of the turn that goes on."""
-        return _answer(partial(acceptance.tool_result, message, self.caller))
+        return self._answer(partial(acceptance.tool_result, message, self.caller))
 
     def process_hitl_decision(self, message: HitlDecision) -> Frames:
         """Decide on a tool call that waits; how it was resolved, and the turn when it goes on by that."""
-        return _answer(partial(acceptance.hitl_decision, message, self.caller))
+        return self._answer(partial(acceptance.hitl_decision, message, self.caller))
 
-
-async def _answer(accept: Callable[[], Accepted]) -> Frames:
-    try:
-        accepted = await hop(accept)
-    except Refused as refused:
-        # For this request alone, nothing stored: the contract puts these refusals into the stream.
-        yield []
-        yield [Frame.unnumbered(refused.chunk), DONE]
-        return
-    yield []
-    if accepted.has_frames:
-        is_complete = False
-        async with aclosing(follow(accepted.session_id, after=accepted.after, until=accepted.origin)) as frames:
-            async for ready in frames:
-                is_complete = bool(ready) and ready[-1].closes
-                yield ready
-        if not is_complete:
+    async def _answer(self, accept: Callable[[], Accepted]) -> Frames:
+        try:
+            accepted = await hop(accept)
+        except Refused as refused:
+            # For this request alone, nothing stored: the contract puts these refusals into the stream.
+            yield []
+            yield [Frame.unnumbered(refused.chunk), DONE]
             return
-    yield [DONE]
+        yield []
+        if not self._follows:
+            return
+        if accepted.has_frames:
+            is_complete = False
+            async with aclosing(follow(accepted.session_id, after=accepted.after, until=accepted.origin)) as frames:
+                async for ready in frames:
+                    is_complete = bool(ready) and ready[-1].closes
+                    yield ready
+            if not is_complete:
+                return
+        yield [DONE]

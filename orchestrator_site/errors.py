@@ -7,6 +7,8 @@ from django.utils.functional import Promise
 from rest_framework import exceptions, status
 from rest_framework.response import Response
 
+RETRY_AFTER = "5"  # seconds, where a 429 or 503 does not say it itself
+
 
 class APIError(Exception):
     """A refusal with a status, a stable `code` for programs and a text for people.

@@ -9,7 +9,7 @@ from typing import Any
 
 from django.conf import settings
 
-from orchestrator_site.errors import APIError, BadRequest, TooLarge, UnsupportedMedia, body_of
+from orchestrator_site.errors import RETRY_AFTER, APIError, BadRequest, TooLarge, UnsupportedMedia, body_of
 
 logger = logging.getLogger(__name__)
 
@@ -174,13 +174,14 @@ async def _refuse_socket(scope: MutableMapping[str, Any], send: Send, error: API
 async def _refuse(send: Send, error: APIError, answer: str = "http.response") -> None:
     request_id = uuid.uuid4().hex
     body = json.dumps(body_of(error, request_id)).encode()
+    own = {"Retry-After": RETRY_AFTER, **error.headers} if error.status in (429, 503) else error.headers
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"x-request-id", request_id.encode()),
         # What was not read of the request must not be taken for another one.
         (b"connection", b"close"),
-        *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
+        *((name.lower().encode(), value.encode()) for name, value in own.items()),
     ]
     await send({"type": f"{answer}.start", "status": error.status, "headers": headers})
     await send({"type": f"{answer}.body", "body": body})

@@ -14,14 +14,13 @@ from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.http.response import HttpResponseBase
 
 from orchestrator_site import logs
-from orchestrator_site.errors import APIError, BadRequest, Invalid, NotFound, Unavailable, body_of
+from orchestrator_site.errors import RETRY_AFTER, APIError, BadRequest, Invalid, NotFound, Unavailable, body_of
 from sessions_app.callers import caller_of
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = {"/health", "/api/v1/health", "/healthz", "/readyz", "/docs", "/schema", "/favicon.ico", "/admin"}
 OPEN_PREFIXES = ("/admin/", "/static/")
-RETRY_AFTER = "5"  # seconds, where the refusal itself does not say
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 

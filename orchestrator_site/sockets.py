@@ -4,20 +4,27 @@ import ipaddress
 import re
 import uuid
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from django.conf import settings
+from django.core.exceptions import TooManyFieldsSent
+from django.http import QueryDict
 from django.http.request import split_domain_port, validate_host
 from django.utils.datastructures import CaseInsensitiveMapping
 
+from events_app.database import read
+from events_app.feed import feed
 from events_app.stream import Place
 from messages_app.consumers import SessionConsumer
 from orchestrator_site import logs
-from orchestrator_site.errors import APIError, BadRequest, NotFound
+from orchestrator_site.errors import APIError, BadRequest, Invalid, NotFound
 from orchestrator_site.guard import Receive, Send
-from orchestrator_site.http import SESSION_ID
+from orchestrator_site.http import SESSION_ID, boolean, text
 from orchestrator_site.middleware import InvalidHost, as_api_error
+from sessions_app import following
 from sessions_app.callers import FIRST_ACCOUNT, Caller, caller_of, shown_key
+from sessions_app.following import Start
 
 PATH = re.compile(rf"(?:/api/v1)?/ws/({SESSION_ID})")
 # Where a socket would be, had its id been one.
@@ -46,8 +53,38 @@ async def sockets(scope: MutableMapping[str, Any], receive: Receive, send: Send)
         if IN_VAIN.match(scope["path"]):
             raise NotFound("Not Found")
         raise BadRequest("This path takes no WebSocket.")
+    wanted = Wanted.of(scope.get("query_string", b""))
     with Place():
-        await SessionConsumer(path[1], caller, as_api_error)(scope, receive, send)
+        start = await _start(caller, path[1], wanted) if wanted.live else None
+        consumer = SessionConsumer(path[1], caller, as_api_error, tokens=wanted.tokens, live_from=start)
+        await consumer(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a client asks for in the address beyond what the gateway said: nothing, by default."""
+
+    tokens: bool
+    live: bool
+    after: int | None
+
+    @classmethod
+    def of(cls, query_string: bytes) -> Self:
+        try:
+            query = QueryDict(query_string)
+        except TooManyFieldsSent as exception:
+            raise as_api_error(exception) from None
+        tokens, live, after = boolean(query, "tokens", False), boolean(query, "live", False), text(query, "after")
+        if after is not None and not live:
+            raise Invalid("Only a live socket goes on from a position.", "query", "after")
+        return cls(tokens, live, None if after is None else following.position(after))
+
+
+async def _start(caller: Caller, session_id: str, wanted: Wanted) -> Start:
+    try:
+        return await read(following.joined, caller, session_id, wanted.after, feed.last_given(session_id))
+    except Exception as exception:
+        raise as_api_error(exception) from None
 
 
 def _headers(scope: MutableMapping[str, Any]) -> Mapping[str, str]:

@@ -1,6 +1,5 @@
 """Sessions over REST: create and list; the forms in which they are shown; and the stream of a whole session."""
 
-import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -12,16 +11,13 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from events_app import log
-from events_app.chunks import StreamReset, encode
 from events_app.database import read
 from events_app.feed import feed
-from events_app.frames import Frame
 from events_app.stream import Place, follow, until_old, wire_of
-from orchestrator_site.errors import BadRequest
 from orchestrator_site.http import allow, boolean, caller_in, json_body, whole_number, wire_time
-from sessions_app import lifecycle
+from sessions_app import following, lifecycle
 from sessions_app.callers import Caller
+from sessions_app.following import Start
 from sessions_app.models import Session
 
 
@@ -117,37 +113,16 @@ def detailed(session: Session, messages: list[dict[str, Any]] | None) -> dict[st
 async def session_stream(request: HttpRequest, session_id: str) -> HttpResponseBase:
     """GET /sessions/{session_id}/stream: everything of the session, live, from any position (protocol 2.11)."""
     with Place() as place:
-        asked = _position(request)
+        # As browsers send it, or where no header can be set.
+        asked = following.position(request.headers.get("Last-Event-ID") or request.GET.get("after") or "0")
         caller: Caller = request.caller  # type: ignore[attr-defined]
-        after, reset = await read(_starting_point, caller, session_id, asked, feed.last_given(session_id))
-        return place.response(until_old(_everything(session_id, after, reset)))
+        start = await read(following.resumed, caller, session_id, asked, feed.last_given(session_id))
+        return place.response(until_old(_everything(session_id, start)))
 
 
-async def _everything(session_id: str, after: int, reset: Frame | None) -> AsyncGenerator[bytes, None]:
-    if reset is not None:
-        yield reset.wire
-    async with aclosing(follow(session_id, after=after)) as batches:
+async def _everything(session_id: str, start: Start) -> AsyncGenerator[bytes, None]:
+    if start.reset is not None:
+        yield start.reset.wire
+    async with aclosing(follow(session_id, after=start.after)) as batches:
         async for frames in batches:
             yield wire_of(frames)
-
-
-def _position(request: HttpRequest) -> int:
-    """The number after which to go on: `Last-Event-ID`, as browsers send it, or `?after=`."""
-    raw = request.headers.get("Last-Event-ID") or request.GET.get("after") or "0"
-    if not re.fullmatch("[0-9]{1,18}", raw):
-        raise BadRequest("A position in the stream is a number.")
-    return int(raw)
-
-
-def _starting_point(caller: Caller, session_id: str, asked: int, last_given: int | None) -> tuple[int, Frame | None]:
-    """Where to begin, and the reset to send first when what was asked for is gone or never was.
-
-    While a runner gives the numbers (the last one so far: `last_given`), those of its block that are still to come are
-    among the reserved ones and never were all the same.
-    """
-    session = Session.objects.one_visible_to(caller, session_id)
-    highest = session.next_seq - 1 if last_given is None else last_given
-    if asked == 0 or session.pruned_seq <= asked <= highest:
-        return asked, None
-    oldest = log.oldest_kept(session_id) or session.next_seq
-    return oldest - 1, Frame.of(oldest - 1, "", encode(StreamReset(oldest)))

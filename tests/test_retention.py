@@ -9,9 +9,8 @@ from events_app import log
 from events_app.chunks import AssistantText
 from events_app.models import StreamBatch
 from messages_app.turn_stream import Step, TurnStream
-from sessions_app import retention
+from sessions_app import following, retention
 from sessions_app.models import Session, Turn
-from sessions_app.views import _starting_point
 from tests.factories import CALLER, claim, make_session, make_turn
 
 pytestmark = pytest.mark.django_db
@@ -42,11 +41,11 @@ def test_old_frames_are_pruned_and_a_reader_of_them_is_reset_to_the_oldest_kept(
     retention.prune_streams()
 
     assert not StreamBatch.objects.filter(last_seq__in=old).exists()
-    after, reset = _starting_point(CALLER, "s", old[0], None)
-    assert reset is not None
-    assert reset.seq == after == kept - 1
-    assert f'"from":{kept}' in reset.body
-    assert _starting_point(CALLER, "s", 0, None)[1] is None, "no position: from the oldest kept frame, without a word"
+    start = following.resumed(CALLER, "s", old[0], None)
+    assert start.reset is not None
+    assert start.reset.seq == start.after == kept - 1
+    assert f'"from":{kept}' in start.reset.body
+    assert following.resumed(CALLER, "s", 0, None).reset is None, "0 is the oldest kept frame, without a word"
 
 
 def test_nothing_of_a_session_with_an_unfinished_turn_is_pruned() -> None:
@@ -68,10 +67,9 @@ def test_when_nothing_is_kept_the_reset_names_the_next_number_to_come() -> None:
     retention.prune_streams()
 
     session.refresh_from_db()
-    after, reset = _starting_point(CALLER, "s", session.pruned_seq - 1, None)
-    assert reset is not None
-    assert reset.seq == after == session.next_seq - 1
-    assert f'"from":{session.next_seq}' in reset.body
-    assert _starting_point(CALLER, "s", session.pruned_seq, None)[1] is None, (
-        "the last pruned number: nothing is missing"
-    )
+    start = following.resumed(CALLER, "s", session.pruned_seq - 1, None)
+    assert start.reset is not None
+    assert start.reset.seq == start.after == session.next_seq - 1
+    assert f'"from":{session.next_seq}' in start.reset.body
+    last_pruned = following.resumed(CALLER, "s", session.pruned_seq, None)
+    assert last_pruned.reset is None, "nothing is missing"

@@ -187,8 +187,3 @@ def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID]) -> set[str]:
         *held.filter(cancel_requested_at__isnull=False).values_list("session_id", flat=True),
         *held.filter(session_id__in=waiting).values_list("session_id", flat=True),
     }
-
-
-def give_back(claim: Claim) -> None:
-    """Let the lease run out now, so that another runner need not wait for it."""
-    Turn.mine(claim).update(lease_until=Now())

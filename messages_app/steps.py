@@ -179,6 +179,11 @@ def cancel(step: Step, said: str, agent: str, spent: Spent | None) -> None:
     step.end(Turn.Status.CANCELLED, "cancelled")
 
 
+def release(step: Step) -> None:
+    """The server stops: what was shown is logged, and the turn is free for another runner."""
+    Turn.release(step.claim)
+
+
 def _hand_over(step: Step, to: Route, *, by: str) -> None:
     step.say(
         handoffs.hand_over(step.session, to.agent, reason=to.reason, confidence=to.confidence, by=by, turn=step.turn)

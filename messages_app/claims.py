@@ -202,10 +202,3 @@ def wishes(owner: str, turn_ids: Sequence[uuid.UUID]) -> set[str]:
         *held.filter(cancel_requested_at__isnull=False).values_list("session_id", flat=True),
         *held.filter(session_id__in=waiting).values_list("session_id", flat=True),
     }
-
-
-def give_back(claim: Claim) -> None:
-    """Let the lease run out now, so that another runner need not wait for it."""
-    with transaction.atomic():
-        Turn.mine(claim).update(lease_until=Now())
-        lifecycle.wake_runner(claim.session_id)

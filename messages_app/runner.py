@@ -17,9 +17,9 @@ from events_app.clock import every
 from events_app.database import hop, read
 from events_app.feed import feed
 from events_app.frames import Frame
-from messages_app import claims
+from messages_app import claims, steps
 from messages_app.engine import give_up, run_turn
-from messages_app.turn_stream import Stopping, TurnStream, nothing
+from messages_app.turn_stream import Stopping, TurnStream
 from sessions_app import retention
 from sessions_app.models import Claim, LostClaim
 
@@ -201,8 +201,7 @@ async def prune() -> None:
 
 async def _hand_over(stream: TurnStream) -> None:
     """Log what was shown, and let somebody else take the turn at once."""
-    await stream.commit(nothing)
-    await hop(claims.give_back, stream.claim)
+    await stream.commit(steps.release)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

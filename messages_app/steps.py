@@ -20,6 +20,7 @@ from events_app.models import ModelCall
 from messages_app import transcript
 from messages_app.models import Message
 from messages_app.turn_stream import Step
+from sessions_app import lifecycle
 from sessions_app.models import Claim, Session, ToolCall, Turn
 
 # So many calls of one session may wait for a person at once; a flood would have people sign without reading.
@@ -177,6 +178,12 @@ def cancel(step: Step, said: str, agent: str, spent: Spent | None) -> None:
     if said.strip():
         _store_answer(step, said, agent)
     step.end(Turn.Status.CANCELLED, "cancelled")
+
+
+def release(step: Step) -> None:
+    """The server stops: what was shown is logged, and the turn is free for another runner."""
+    Turn.release(step.claim)
+    lifecycle.wake_runner(step.session.pk)
 
 
 def _hand_over(step: Step, to: Route, *, by: str) -> None:

@@ -9,7 +9,7 @@ from events_app import log
 from events_app.chunks import AgentSwitched, encode
 from events_app.frames import Frame
 from events_app.models import StreamBatch
-from messages_app import claims, ending
+from messages_app import claims, ending, steps
 from messages_app.turn_stream import BLOCK, Step, TurnStream
 from sessions_app import lifecycle
 from sessions_app.models import CancelRequested, LostClaim, Session, Turn
@@ -80,10 +80,10 @@ def test_a_runner_that_lost_its_claim_can_write_nothing() -> None:
         lambda: Turn.finish(lost, Turn.Status.COMPLETED),
         lambda: Turn.finish(lost, Turn.Status.CANCELLED),
         lambda: Turn.ensure_running(lost),
+        lambda: Turn.release(lost),
     ):
         with pytest.raises(LostClaim):
             write()
-    claims.give_back(lost)
 
     turn.refresh_from_db()
     assert (turn.owner, turn.status, turn.handoff_count) == ("two", "running", 0)
@@ -99,6 +99,31 @@ def test_a_lease_that_ran_out_is_lost_even_before_somebody_takes_over() -> None:
 
     with pytest.raises(LostClaim):
         Turn.progress(held, handoff_count=1)
+
+
+def test_a_released_turn_is_claimed_at_once_and_its_unfinished_step_is_void() -> None:
+    turn = make_turn(make_session())
+    stream = TurnStream(claim(turn, "one"))
+
+    stream.write(steps.release)
+
+    turn.refresh_from_db()
+    assert (turn.status, turn.owner) == ("running", ""), "the unfinished step is known as such"
+    (taken, frames), *_ = claims.claim_turns("two", 10)
+    assert (taken.turn_id, taken.owner) == (turn.pk, "two")
+    assert f'"discard_after":{stream.claim.settled_seq}' in frames[0].body
+    with pytest.raises(LostClaim):
+        Turn.progress(stream.claim, handoff_count=9)
+
+
+def test_a_cancelled_turn_is_released_like_any_other() -> None:
+    turn = make_turn(make_session())
+    stream = TurnStream(claim(turn, "one"))
+    ending.cancel(CALLER, "s")
+
+    stream.write(steps.release)
+
+    assert [each.turn_id for each, _ in claims.claim_turns("two", 10)] == [turn.pk]
 
 
 def test_a_step_of_a_lost_claim_leaves_no_trace() -> None:

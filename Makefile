@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint bench screenshots lock
+.PHONY: run test test-postgres lint bench screenshots lock
 
 run: $(VENV)/installed
 	@$(BIN)/python -m orchestrator_site.serve
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# The same tests with PostgreSQL as the database: a server of their own, which is started and stopped with them.
+test-postgres: $(VENV)/installed-dev
+	@TEST_DATABASE=postgres $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

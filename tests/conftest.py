@@ -9,6 +9,8 @@ import pytest
 from django.test import Client
 from playwright.sync_api import Browser, sync_playwright
 
+from tests import databases
+from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import ScriptedLLM
 from tests.server import Server, running
 
@@ -29,8 +31,9 @@ def server(tmp_path: Path, llm: ScriptedLLM, migrated: Path) -> Iterator[Server]
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The database file of a fresh installation with people in it, made once and copied for every server."""
+    """The database of a fresh installation with people in it, made once and copied for every server."""
     fresh = Server(tmp_path_factory.mktemp("migrated"))
+    databases.create(fresh.database)
     fresh.http.close()
     for command in (["migrate", "-v0"], ["shell", "-c", "from tests.staff import hire; hire()"]):
         outcome = fresh.manage(*command)
@@ -101,15 +104,26 @@ def auditor(quick_passwords: None, db: None) -> Client:
     return logged_in(staff("alan", "auditors"))
 
 
-# --- A real browser ------------------------------------------------------------------------------------------------
+# --- What is left out where it cannot run ----------------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Each marker, what a test with it needs, and whether that is missing.
+NEEDS = {
+    "browser": ("an installed Chromium", CHROMIUM is None),
+    "redis": ("an installed redis-server", shutil.which("redis-server") is None),
+    "sqlite": ("SQLite as its database (`make test`)", ON_POSTGRESQL),
+    "postgresql": ("PostgreSQL as its database (`make test-postgres`)", not ON_POSTGRESQL),
+}
+INSTALLED_ON_CI = {"browser", "redis"}
+# How many tests each marker left out; with xdist what the workers counted, the same each.
+left_out: dict[str, int] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "browser: needs an installed Chromium")
-    if CHROMIUM is None and os.environ.get("CI"):
-        raise pytest.UsageError("There is no Chromium, and on CI the tests with a browser have to run.")
+    for marker, (needed, is_missing) in NEEDS.items():
+        config.addinivalue_line("markers", f"{marker}: needs {needed}")
+        if is_missing and marker in INSTALLED_ON_CI and os.environ.get("CI"):
+            raise pytest.UsageError(f"On CI the tests have to run that need {needed}.")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -121,14 +135,30 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if CHROMIUM is None:
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("browser")])
-        items[:] = [item for item in items if not item.get_closest_marker("browser")]
+    for marker, (_, is_missing) in NEEDS.items():
+        without = [item for item in items if is_missing and item.get_closest_marker(marker)]
+        if without:
+            left_out[marker] = len(without)
+            config.hook.pytest_deselected(items=without)
+            items[:] = [item for item in items if item not in without]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if CHROMIUM is None:
-        terminalreporter.write_line("There is no Chromium: the tests with a browser were left out.")
+    for marker, number in left_out.items():
+        terminalreporter.write_line(f"{number} tests were left out: they need {NEEDS[marker][0]}.")
+
+
+# --- A real browser ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""A real server process for tests: uvicorn (or daphne) on a database file of its own, killed as a test wishes."""
+"""A real server process for tests: uvicorn (or daphne) on a database of its own, killed as a test wishes."""
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests import databases
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "test-key-test-key-test-key-test-key-test"
@@ -78,7 +79,7 @@ class Server:
             "INTERNAL_API_KEY": KEY,
             "DJANGO_SUPERUSER_PASSWORD": "not-asked-for-here",
             "PORT": str(self.port),
-            "DATABASE_URL": f"sqlite:///{self.database}",
+            "DATABASE_URL": databases.url_of(self.database),
             "DEMO_WORD_DELAY": "0",
             # Longer than a client's patience: a stream on which nothing happens fails its test instead of holding it.
             "STREAM_HEARTBEAT_SECONDS": str(2 * TIMEOUT),
@@ -175,14 +176,15 @@ class Server:
 def running(folder: Path, migrated: Path, *, server: str = "uvicorn", **settings: str) -> Iterator[Server]:
     """A started server on a copy of the migrated database; killed at the end."""
     started = Server(folder, server=server, **settings)
-    shutil.copy(migrated, started.database)
-    started.start()
+    databases.copy(migrated, started.database)
     try:
+        started.start()
         yield started
     finally:
         started.http.close()
         if started.process is not None and started.process.poll() is None:
             started.kill()
+        databases.drop(started.database)
 
 
 def until(frames: Iterator[Frame], kind: str) -> list[Frame]:

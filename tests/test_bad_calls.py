@@ -7,10 +7,9 @@ and the same hash, asks no model, and tells nothing; in the end it can still be 
 
 import json
 import re
-import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from tests import databases
 from tests.old_clients import NativeSocket
 from tests.scripted_llm import ScriptedLLM, call, calls, say
 from tests.server import Frame, Server, eventually, running
@@ -97,7 +97,7 @@ def llm() -> Iterator[ScriptedLLM]:
 def server(tmp_path_factory: pytest.TempPathFactory, llm: ScriptedLLM, migrated: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("bad_calls")
     with running(folder, migrated, LLM_BASE_URL=llm.url, LLM_CONTEXT_TOKENS="1000000") as started:
-        with changing(started) as database:
+        with databases.changing(started.database) as database:
             add_tool(database, "tidy_up", TIDY, self_approval=True)
             add_tool(database, "launch", TWO_PERSONS, self_approval=False)
             database.execute("INSERT INTO sessions_app_account (id, name) VALUES (2, 'another')")
@@ -106,7 +106,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, llm: ScriptedLLM, migrated:
         assert "Traceback" not in log, log
 
 
-def add_tool(database: sqlite3.Connection, name: str, schema: dict[str, Any], *, self_approval: bool) -> None:
+def add_tool(database: databases.Opened, name: str, schema: dict[str, Any], *, self_approval: bool) -> None:
     """One more tool for the coder, for which a person is asked."""
     copy_row(database, "agents_app_tool", "name = 'write_file'", name=name, parameters=json.dumps(schema))
     copy_row(database, "agents_app_approvalrule", "tool = 'write_file'", tool=name, self_approval=self_approval)
@@ -114,7 +114,7 @@ def add_tool(database: sqlite3.Connection, name: str, schema: dict[str, Any], *,
     database.execute(allow, [name])
 
 
-def copy_row(database: sqlite3.Connection, table: str, which: str, **changes: Any) -> None:
+def copy_row(database: databases.Opened, table: str, which: str, **changes: Any) -> None:
     """Insert a copy of a row, with a number of its own where rows are numbered."""
     cursor = database.execute(f"SELECT * FROM {table} WHERE {which}")  # noqa: S608
     row = dict(zip((column[0] for column in cursor.description), cursor.fetchone(), strict=True)) | changes
@@ -123,13 +123,6 @@ def copy_row(database: sqlite3.Connection, table: str, which: str, **changes: An
         f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",  # noqa: S608
         list(row.values()),
     )
-
-
-@contextmanager
-def changing(server: Server) -> Iterator[sqlite3.Connection]:
-    """The server's database file, to be changed behind its back."""
-    with closing(sqlite3.connect(server.database, timeout=10)) as database, database:
-        yield database
 
 
 def waiting_call(
@@ -170,8 +163,7 @@ def untouched(server: Server, llm: ScriptedLLM, live: Waiting, plan: Waiting) ->
 
 
 def everything(server: Server) -> list[list[tuple[Any, ...]]]:
-    with closing(sqlite3.connect(f"file:{server.database}?mode=ro", uri=True)) as database:
-        return [database.execute(f"SELECT * FROM {table}").fetchall() for table in TABLES]  # noqa: S608
+    return [databases.rows(server.database, f"SELECT * FROM {table}") for table in TABLES]  # noqa: S608
 
 
 def open_calls(server: Server, waiting: Waiting) -> list[dict[str, Any]]:
@@ -710,12 +702,12 @@ def meanwhile(server: Server, sql: str, *values: Any) -> Iterator[None]:
     """Somebody changes agents, tools or rules while calls wait, and takes it back in the end."""
     tables = ("agents_app_agent", "agents_app_tool", "agents_app_approvalrule")
     was = {table: query(server, f"SELECT * FROM {table}") for table in tables}  # noqa: S608
-    with changing(server) as database:
+    with databases.changing(server.database) as database:
         database.execute(sql, values)
     try:
         yield
     finally:
-        with changing(server) as database:
+        with databases.changing(server.database) as database:
             for table, kept in was.items():
                 database.execute(f"DELETE FROM {table}")  # noqa: S608
                 places = ", ".join("?" * len(kept[0]))
@@ -1070,7 +1062,7 @@ def hidden(server: Server, llm: ScriptedLLM) -> dict[str, Waiting]:
         "I4 of a deleted session": waiting_call(server, llm),
     }
     foreign, deleted = of_others.values()
-    with changing(server) as database:
+    with databases.changing(server.database) as database:
         database.execute("UPDATE sessions_app_session SET account_id = 2 WHERE id = ?", [foreign.session_id])
         # Deleted without its calls being closed, so that nothing but the session's state protects them.
         database.execute("UPDATE sessions_app_session SET deleted_at = '2026-01-01' WHERE id = ?", [deleted.session_id])
@@ -1164,7 +1156,7 @@ OTHER_WAYS = ["rest, rejected", "rest, edited", "stream", "result"]
 
 
 def tamper(server: Server, waiting: Waiting, changes: list[tuple[str, str, Any]]) -> None:
-    with changing(server) as database:
+    with databases.changing(server.database) as database:
         for table, column, value in changes:
             database.execute(f"UPDATE {table} SET {column} = ? WHERE call_id = ?", [value, waiting.call_id])  # noqa: S608
 

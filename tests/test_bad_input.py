@@ -7,7 +7,6 @@ import gzip
 import json
 import re
 import socket
-import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import httpx
 import pytest
 
 from agents_app.binding import args_hash
+from tests import databases
 from tests.scripted_llm import Gate, Say, ScriptedLLM, call, hold, say
 from tests.server import KEY, Server, eventually, running
 
@@ -121,7 +121,7 @@ def settle(server: Server, llm: ScriptedLLM) -> None:
     server.say(HOLDING, "write it down", agent_type="coder")
     server.http.post("/sessions", json={"session_id": DELETED})
     assert server.http.delete(f"/sessions/{DELETED}").status_code == 204
-    with closing(sqlite3.connect(server.database, timeout=10)) as database, database:
+    with databases.changing(server.database) as database:
         database.execute("INSERT INTO sessions_app_account (id, name) VALUES (2, 'another')")
         database.execute(
             "INSERT INTO sessions_app_session (id, account_id, current_agent, switch_count, message_count, turn_count,"
@@ -131,7 +131,7 @@ def settle(server: Server, llm: ScriptedLLM) -> None:
         hold_as(HELD, database)
 
 
-def hold_as(call_id: str, database: sqlite3.Connection) -> None:
+def hold_as(call_id: str, database: databases.Opened) -> None:
     """Give the call that waits an id that tables can name."""
     wanted = "SELECT call_id, session_id, tool_name, tool_version, arguments_text FROM sessions_app_toolcall"
     was, *bound = database.execute(wanted).fetchone()
@@ -142,8 +142,7 @@ def hold_as(call_id: str, database: sqlite3.Connection) -> None:
 
 
 def query(server: Server, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(f"file:{server.database}?mode=ro", uri=True)) as database:
-        return database.execute(sql, values).fetchall()
+    return databases.rows(server.database, sql, *values)
 
 
 def assert_healthy(server: Server) -> None:

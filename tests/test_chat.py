@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 
 from messages_app.terminal.client import Failure
 from messages_app.terminal.client import chat as converse
+from tests import databases
 from tests.scripted_llm import Gate, Reply, ScriptedLLM, call, drop, hold, say
 from tests.server import Server, eventually, free_port, running
 from tests.terminal import Chat, Proxy
@@ -536,10 +535,9 @@ def test_a_position_that_is_gone_is_said_and_the_history_read_again(
 
 def forget_numbers(server: Server, session_id: str) -> None:
     """As a database that was restored from an older copy does."""
-    with closing(sqlite3.connect(server.database)) as database:
+    with databases.changing(server.database) as database:
         database.execute("DELETE FROM events_app_streambatch WHERE session_id = ?", [session_id])
         database.execute("UPDATE sessions_app_session SET next_seq = 1 WHERE id = ?", [session_id])
-        database.commit()
 
 
 # --- sessions that are gone on with ---

@@ -263,8 +263,7 @@ def test_only_turns_that_somebody_works_on_keep_their_leases() -> None:
 
 def test_a_row_that_cannot_be_worked_with_fails_its_turn_and_keeps_nobody_waiting() -> None:
     broken, healthy = make_turn(make_session("broken")), make_turn(make_session("healthy"))
-    with connection.cursor() as cursor:
-        cursor.execute("UPDATE sessions_app_turn SET round_count = 'x' WHERE session_id = 'broken'")
+    damage("broken")
 
     claimed = claims.claim_turns("one", 10)
 
@@ -291,12 +290,19 @@ def test_what_was_left_to_a_turn_that_nobody_can_run_is_said_before_its_end() ->
     session = make_session()
     turn = make_turn(session)
     log.leave_unnumbered("s", "the switch", encode(_switched()), closes=True)
-    with connection.cursor() as cursor:
-        cursor.execute("UPDATE sessions_app_turn SET round_count = 'x'")
+    damage("s")
 
     claims.claim_turns("one", 10)
 
     assert [frame.origin for frame in log.page("s", 0)[0]] == ["the switch", str(turn.pk), str(turn.pk)]
+
+
+def damage(session_id: str) -> None:
+    """Make the session's turn one that cannot be claimed."""
+    # PostgreSQL lets no text into a column of numbers, and SQLite's have no largest one.
+    broken = "attempt = 2147483647" if connection.vendor == "postgresql" else "round_count = 'x'"
+    with connection.cursor() as cursor:
+        cursor.execute(f"UPDATE sessions_app_turn SET {broken} WHERE session_id = %s", [session_id])  # noqa: S608
 
 
 def _switched() -> AgentSwitched:

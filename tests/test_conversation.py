@@ -1,6 +1,5 @@
 """The real input of the first issue: ten messages over HTTP, with everything going wrong that may."""
 
-import sqlite3
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests import databases
+from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import Gate, ScriptedLLM, endless, hold, say, silence, status
 from tests.server import Frame, Server, eventually, running, until
 
@@ -174,10 +175,10 @@ def test_ten_messages_with_faults_in_between(server: Server, llm: ScriptedLLM) -
     assert (listed["total"], listed["sessions"][0]["title"]) == (1, "1 Design a small shop")
 
     # rows
-    with sqlite3.connect(f"file:{server.database}?mode=ro", uri=True) as database:
-        statuses = database.execute("SELECT status FROM sessions_app_turn ORDER BY position").fetchall()
-        assert [status for (status,) in statuses] == ["completed"] * 7 + ["cancelled", "failed", "completed"]
-        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    statuses = databases.rows(server.database, "SELECT status FROM sessions_app_turn ORDER BY position")
+    assert [status for (status,) in statuses] == ["completed"] * 7 + ["cancelled", "failed", "completed"]
+    if not ON_POSTGRESQL:
+        assert databases.rows(server.database, "PRAGMA integrity_check") == [("ok",)]
 
 
 def test_single_agent_mode_needs_no_router(tmp_path: Path, migrated: Path, llm: ScriptedLLM) -> None:

@@ -3,11 +3,10 @@ of a real server is what it says."""
 
 import json
 import re
-import sqlite3
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, product
 from pathlib import Path
@@ -34,6 +33,7 @@ from orchestrator_site.schema.examples import ARGUMENTS, CALL, EXAMPLES, HASH, S
 from orchestrator_site.schema.frames import ENDS_THE_TURN, REFUSES_A_CALL, REFUSES_A_MESSAGE
 from orchestrator_site.schema.refusals import DETAILS
 from orchestrator_site.urls import contract
+from tests import databases
 from tests.scripted_llm import Gate, ScriptedLLM, call, calls, drop, empty, hold, say, status
 from tests.server import AUTH, ROOT, Frame, Server, eventually, parse_frames, running, until
 from tests.test_bad_input import MIB, answered, exchange, request_of
@@ -304,13 +304,12 @@ class World:
 
 
 def stored(server: Server, column: str, table: str, session_id: str) -> Any:
-    with closing(sqlite3.connect(server.database, timeout=10)) as database:
-        sql = f"SELECT {column} FROM {table} WHERE session_id = ?"  # noqa: S608
-        return database.execute(sql, [session_id]).fetchone()[0]
+    sql = f"SELECT {column} FROM {table} WHERE session_id = ?"  # noqa: S608
+    return databases.rows(server.database, sql, session_id)[0][0]
 
 
 def change(server: Server, *statements: str) -> None:
-    with closing(sqlite3.connect(server.database, timeout=10)) as database, database:
+    with databases.changing(server.database) as database:
         for statement in statements:
             database.execute(statement)
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import sqlite3
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from orchestrator_site.errors import APIError
 from orchestrator_site.sockets import sockets
+from tests import databases
 from tests.scripted_llm import Gate, Say, ScriptedLLM, call, hold, say
 from tests.server import AUTH, KEY, Server, eventually, running, until
 
@@ -288,9 +288,8 @@ def test_always_lets_everybody_in_and_writes_down_that_there_was_no_key(open_ser
     with last_place(open_server, headers={"X-Forwarded-For": "192.0.2.1"}) as chat:
         assert chat.answer_to(user("no key")) == [said("no key")]
 
-    with closing(sqlite3.connect(f"file:{open_server.database}?mode=ro", uri=True)) as database:
-        (facts,) = database.execute("SELECT group_concat(data) FROM events_app_event").fetchone()
-    assert "socket-without-key" in facts
+    facts = databases.rows(open_server.database, "SELECT CAST(data AS text) FROM events_app_event")
+    assert any("socket-without-key" in fact for (fact,) in facts)
 
 
 @pytest.mark.parametrize("path", ["/ws/local", "/api/v1/ws/local"])
@@ -733,12 +732,11 @@ def vanish(connection: ClientConnection) -> None:
 
 
 def test_who_says_something_and_leaves_at_once_has_said_it(server: Server) -> None:
-    with closing(sqlite3.connect(server.database)) as database:
-        database.execute("BEGIN IMMEDIATE")  # more messages than can wait on a thread for the database
+    # More messages than can wait on a thread for the database.
+    with databases.locked(server.database, "sessions_app_session"):
         for number in range(10):
             with opened(server, f"/ws/hasty-{number}") as chat:
                 chat.send(user(f"hasty {number}", agent_type="coder"))
-        database.rollback()
 
     for number in range(10):
         eventually(lambda n=number: server.http.get(f"/sessions/hasty-{n}").json().get("message_count") == 2)
@@ -849,15 +847,11 @@ def descriptors(server: Server) -> int:
 def changed(server: Server, there: str, back: str) -> Iterator[None]:
     """Change the database under the server, and back again."""
 
-    def execute(statement: str) -> None:
-        with closing(sqlite3.connect(server.database, timeout=10)) as database, database:
-            database.execute(statement)
-
-    execute(there)
+    databases.change(server.database, there)
     try:
         yield
     finally:
-        execute(back)
+        databases.change(server.database, back)
 
 
 def without(server: Server, table: str) -> AbstractContextManager[None]:

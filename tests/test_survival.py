@@ -3,16 +3,16 @@
 import os
 import random
 import signal
-import sqlite3
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests import databases
+from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
 from tests.server import KEY, Frame, Server, eventually, running, until
 
@@ -33,9 +33,8 @@ def user(content: str) -> dict[str, str]:
 
 
 def turn_statuses(server: Server, session_id: str) -> list[str]:
-    with sqlite3.connect(f"file:{server.database}?mode=ro", uri=True) as database:
-        query = "SELECT status FROM sessions_app_turn WHERE session_id = ? ORDER BY position"
-        return [status for (status,) in database.execute(query, [session_id])]
+    query = "SELECT status FROM sessions_app_turn WHERE session_id = ? ORDER BY position"
+    return [status for (status,) in databases.rows(server.database, query, session_id)]
 
 
 def whole_stream(server: Server, session_id: str, after: int = 0) -> list[Frame]:
@@ -227,7 +226,8 @@ def test_a_stop_hands_the_turn_over_and_the_next_start_goes_on_at_once(
         with server.streaming(user("go"), session_id) as answer:
             until(answer, "assistant_message")
         assert server.stop() == 0
-        assert not server.database.with_name(f"{server.database.name}-wal").exists(), "one file holds everything"
+        wal = server.database.with_name(f"{server.database.name}-wal")
+        assert ON_POSTGRESQL or not wal.exists(), "one file holds everything"
         gate.open()
         server.start()
 
@@ -309,8 +309,7 @@ def test_a_turn_cancelled_and_killed_before_its_runner_noticed_ends_cancelled(
         server.kill()
         with pytest.raises(httpx.TransportError):
             list(answer)
-    with sqlite3.connect(server.database) as database:
-        database.execute("UPDATE sessions_app_turn SET cancel_requested_at = '2026-01-01 00:00:00'")
+    databases.change(server.database, "UPDATE sessions_app_turn SET cancel_requested_at = '2026-01-01 00:00:00'")
     gate.open()
     server.start()
 
@@ -361,20 +360,15 @@ def test_a_turn_whose_write_failed_is_taken_over_while_others_run(
     on_coder(server, session_id)
     on_coder(server, "other")
     llm.script(hold("Lo", "st.", gate=first))
-    with ThreadPoolExecutor(2) as pool, closing(sqlite3.connect(server.database, isolation_level=None)) as intruder:
+    with ThreadPoolExecutor(2) as pool:
         talking = pool.submit(server.say, session_id, "go")
         first.reached.wait()
         llm.script(hold("Still ", "here.", gate=second), say("Said again."))
         other = pool.submit(server.say, "other", "go")
         second.reached.wait()
-        # A column that refuses the answer for a while: what a full disk or a broken one would do.
-        intruder.execute(
-            "CREATE TRIGGER refuse BEFORE INSERT ON messages_app_message WHEN NEW.role = 'assistant'"
-            " BEGIN SELECT json('no json'); END"
-        )
-        first.open()
-        eventually(lambda: "turn_abandoned" in server.log.read_text())
-        intruder.execute("DROP TRIGGER refuse")
+        with databases.refusing(server.database, "messages_app_message", "NEW.role = 'assistant'"):
+            first.open()
+            eventually(lambda: "turn_abandoned" in server.log.read_text())
 
         finished = talking.result(30)  # the other one is still running, and its lease is renewed
         second.open()
@@ -388,14 +382,12 @@ def test_while_another_program_holds_the_lock_reads_work_and_a_write_waits_or_is
     server: Server, session_id: str
 ) -> None:
     on_coder(server, session_id)
-    with closing(sqlite3.connect(server.database, isolation_level=None)) as intruder, ThreadPoolExecutor(6) as pool:
-        intruder.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(6) as pool, databases.locked(server.database, "sessions_app_session"):
         writes = [pool.submit(server.http.post, "/sessions") for _ in range(4)]
         reads = [server.http.get(f"/sessions/{session_id}") for _ in range(5)]
         assert not any(write.done() for write in writes), "the reads did not wait for the writes"
         refused = [write.result(30) for write in writes]
-        intruder.execute("ROLLBACK")
-        accepted = server.http.post("/sessions")
+    accepted = server.http.post("/sessions")
 
     assert [answer.status_code for answer in reads] == [200] * 5
     assert {answer.status_code for answer in refused} == {503}

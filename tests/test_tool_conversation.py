@@ -5,17 +5,16 @@ import json
 import os
 import re
 import shlex
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests import databases
 from tests.scripted_llm import Gate, ScriptedLLM, call, calls, gated, say
 from tests.server import AUTH, Frame, Server, running, until
 
@@ -217,8 +216,7 @@ def kinds(frames: list[Frame]) -> list[str]:
 
 
 def rows(server: Server, query: str, *parameters: str) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(f"file:{server.database}?mode=ro", uri=True)) as database:
-        return database.execute(query, parameters).fetchall()
+    return databases.rows(server.database, query, *parameters)
 
 
 @pytest.fixture

@@ -2,16 +2,15 @@
 
 import json
 import re
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import databases
 from tests.scripted_llm import Body, Gate, Reply, ScriptedLLM, call, calls, drop, gated, raw, say
 from tests.server import Frame, Server, eventually, running
 
@@ -71,14 +70,12 @@ def pending(server: Server, session_id: str) -> list[Object]:
 
 
 def rows(server: Server, query: str, *parameters: str) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(f"file:{server.database}?mode=ro", uri=True)) as database:
-        return database.execute(query, parameters).fetchall()
+    return databases.rows(server.database, query, *parameters)
 
 
 def change(server: Server, statement: str, *parameters: Any) -> None:
     """What an administrator changes, while the server runs."""
-    with closing(sqlite3.connect(server.database, timeout=10)) as database, database:
-        database.execute(statement, parameters)
+    databases.change(server.database, statement, *parameters)
 
 
 def read_by(request: Object) -> dict[str, str]:

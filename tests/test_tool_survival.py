@@ -2,13 +2,11 @@
 
 import json
 import random
-import sqlite3
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from threading import Barrier, Event
@@ -17,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import databases
 from tests.scripted_llm import Gate, Reply, Say, ScriptedLLM, call, calls, gated, hold, say
 from tests.server import AUTH, Frame, Server, eventually, parse_frames, running, until
 
@@ -121,8 +120,7 @@ def states(server: Server, session_id: str) -> dict[str, str]:
 
 
 def rows(server: Server, query: str, *parameters: str) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(f"file:{server.database}?mode=ro", uri=True)) as database:
-        return database.execute(query, parameters).fetchall()
+    return databases.rows(server.database, query, *parameters)
 
 
 def turns(server: Server, session_id: str) -> list[tuple[str, str]]:

@@ -1,0 +1,163 @@
+"""The databases of tests: SQLite files, or with TEST_DATABASE=postgres databases of one PostgreSQL server.
+
+Either way a database is known by a path: it is the file, or the database's name is made of it. Statements are written
+for both, with `?` for each value.
+"""
+
+import atexit
+import hashlib
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from orchestrator_site.local_services import PostgreSQL, ServiceFailed, ServiceMissing
+
+ON_POSTGRESQL = os.environ.get("TEST_DATABASE") == "postgres"
+# Where the server is: told by the process that started it to those that run tests.
+ADDRESS = "TEST_POSTGRESQL_URL"
+
+
+def of_this_process() -> str:
+    """For the tests that need no server of ours; Django makes a test database beside it. Starts what it needs."""
+    if not ON_POSTGRESQL:
+        return "sqlite:///:memory:"
+    if ADDRESS not in os.environ:
+        os.environ[ADDRESS] = _start_postgresql()
+    return f"{os.environ[ADDRESS]}/countersign"
+
+
+def _start_postgresql() -> str:
+    """One server for the whole run; it ends with it."""
+    # Not in pytest's folder for temporary files, which one user alone may enter: PostgreSQL does not run as root.
+    folder = Path(tempfile.mkdtemp(prefix="countersign-tests-"))
+    folder.chmod(0o755)
+    server = PostgreSQL(folder, durable=False)
+
+    def end() -> None:
+        server.stop(signal.SIGQUIT)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        server.start()
+    except (ServiceMissing, ServiceFailed) as problem:
+        sys.exit(str(problem))
+    return server.url("").rstrip("/")
+
+
+def url_of(place: Path) -> str:
+    return f"{os.environ[ADDRESS]}/{_name(place)}" if ON_POSTGRESQL else f"sqlite:///{place}"
+
+
+def create(place: Path) -> None:
+    """An empty database; a SQLite file comes with its first connection."""
+    if ON_POSTGRESQL:
+        drop(place)
+        _administer(f'CREATE DATABASE "{_name(place)}"')
+
+
+def copy(template: Path, place: Path) -> None:
+    if ON_POSTGRESQL:
+        drop(place)
+        _administer(f'CREATE DATABASE "{_name(place)}" TEMPLATE "{_name(template)}"')
+    else:
+        shutil.copy(template, place)
+
+
+def drop(place: Path) -> None:
+    """Nobody needs it any more; files go with their folder."""
+    if ON_POSTGRESQL:
+        _administer(f'DROP DATABASE IF EXISTS "{_name(place)}" WITH (FORCE)')
+
+
+class Opened:
+    """A connection on which statements are written for both databases."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def execute(self, statement: str, values: Sequence[Any] = ()) -> Any:
+        """Returns the cursor."""
+        return self._connection.execute(_written(statement), values)
+
+    def executemany(self, statement: str, values: Sequence[Sequence[Any]]) -> None:
+        self._connection.cursor().executemany(_written(statement), values)
+
+
+@contextmanager
+def changing(place: Path) -> Iterator[Opened]:
+    """A server's database, to be changed behind its back: committed together, or not at all."""
+    with closing(_connect(place)) as connection, connection:
+        yield Opened(connection)
+
+
+def change(place: Path, statement: str, *values: Any) -> None:
+    with changing(place) as database:
+        database.execute(statement, values)
+
+
+def rows(place: Path, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    """What a query finds, in the types of the database; nothing is changed by it."""
+    with closing(_connect(place, reads_only=True)) as connection:
+        found: list[tuple[Any, ...]] = Opened(connection).execute(query, values).fetchall()
+        return found
+
+
+@contextmanager
+def locked(place: Path, table: str) -> Iterator[None]:
+    """While another program writes and does not end: readers find what was there, writers of the table wait."""
+    with closing(_connect(place)) as connection:
+        connection.execute(f"LOCK TABLE {table} IN EXCLUSIVE MODE" if ON_POSTGRESQL else "BEGIN IMMEDIATE")
+        yield
+        connection.rollback()
+
+
+@contextmanager
+def refusing(place: Path, table: str, condition: str) -> Iterator[None]:
+    """While new rows of a kind cannot be stored: what a full disk would do, or a broken one."""
+    if ON_POSTGRESQL:
+        change(
+            place,
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$BEGIN RAISE EXCEPTION 'full' USING ERRCODE = 'disk_full'; END$$",
+        )
+        change(
+            place,
+            f"CREATE TRIGGER refuse BEFORE INSERT ON {table} FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION refuse()",
+        )
+    else:
+        change(
+            place,
+            f"CREATE TRIGGER refuse BEFORE INSERT ON {table} WHEN {condition} BEGIN SELECT json('no json'); END",
+        )
+    yield
+    change(place, f"DROP TRIGGER refuse ON {table}" if ON_POSTGRESQL else "DROP TRIGGER refuse")
+
+
+def _connect(place: Path, *, reads_only: bool = False) -> Any:
+    if ON_POSTGRESQL:
+        return psycopg.connect(url_of(place))
+    return sqlite3.connect(f"file:{place}?mode={'ro' if reads_only else 'rw'}", uri=True, timeout=10)
+
+
+def _written(statement: str) -> str:
+    return statement.replace("%", "%%").replace("?", "%s") if ON_POSTGRESQL else statement
+
+
+def _administer(statement: str) -> None:
+    with psycopg.connect(f"{os.environ[ADDRESS]}/postgres", autocommit=True) as connection:
+        connection.execute(statement.encode())
+
+
+def _name(place: Path) -> str:
+    return f"of_{hashlib.sha256(str(place).encode()).hexdigest()[:20]}"

@@ -6,7 +6,7 @@ import os
 import socket
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from django.conf import settings
@@ -20,7 +20,7 @@ from messages_app import claims, steps
 from messages_app.engine import give_up, run_turn
 from messages_app.turn_stream import Stopping, TurnStream
 from sessions_app import retention
-from sessions_app.models import Claim, LostClaim
+from sessions_app.models import Claim, LostClaim, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class EmbeddedRunner:
         self._wake = asyncio.Event()
         self._streams: dict[uuid.UUID, TurnStream] = {}
         self._turns: set[asyncio.Task[None]] = set()
+        self._abandoned: list[Claim] = []
         self._loops: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -46,6 +47,7 @@ class EmbeddedRunner:
             asyncio.create_task(self._claim_for_ever()),
             asyncio.create_task(_every(settings.STREAM_COMMIT_SECONDS, self._commit_deltas)),
             asyncio.create_task(_every(settings.TURN_LEASE_RENEWAL_SECONDS, self._renew)),
+            asyncio.create_task(_every(settings.TURN_LEASE_RENEWAL_SECONDS, self._release_abandoned)),
             # Well within the longest silence that is promised: a beat may come late.
             asyncio.create_task(_every(settings.STREAM_HEARTBEAT_SECONDS * 2 / 3, _heartbeat)),
             asyncio.create_task(_every(PRUNE_SECONDS, _prune)),
@@ -109,8 +111,9 @@ class EmbeddedRunner:
             await _try(_hand_over(stream))
             logger.info("turn_handed_over", extra=ids)
         except (OperationalError, InterfaceError):
-            # Whether the last write counts is unknown. The lease runs out, and the next claim sees what is stored.
+            # Whether the last write counts is unknown. It is released, and the next claim sees what is stored.
             logger.exception("turn_abandoned", extra=ids)
+            self._abandoned.append(claim)
         except Exception:
             logger.exception("turn_failed", extra=ids)
             await _try(give_up(stream))
@@ -140,6 +143,13 @@ class EmbeddedRunner:
         if self._streams:
             for session_id in await hop(claims.renew_leases, self.owner, list(self._streams)):
                 feed.poke(session_id)
+
+    async def _release_abandoned(self) -> None:
+        """As soon as the database is back: this runner lives, and an outage must not look like its death."""
+        while self._abandoned:
+            with suppress(LostClaim):  # ended after all, or taken over
+                await hop(Turn.release, self._abandoned[0])
+            del self._abandoned[0]
 
 
 async def _hand_over(stream: TurnStream) -> None:

@@ -5,13 +5,16 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 
 from django.db import InterfaceError, OperationalError, transaction
+from django.db.models import QuerySet
 from django.db.models.functions import Now
 
 from agents_app import team
 from events_app import log
 from events_app.chunks import ErrorShown, Restarted, TurnFinished, TurnStarted, encode
+from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.models import Event, StreamBatch
 from messages_app.turn_stream import BLOCK
@@ -20,104 +23,162 @@ from sessions_app.models import Claim, Session, Turn, lease_end
 
 logger = logging.getLogger(__name__)
 
-CLAIMS_AT_ONCE = 20
+CLAIMS_AT_ONCE = 100
+# Of so many suspect turns one runs at a time.
+SUSPECTS_TO_ONE = 20
+SERVER_FAULT = ErrorShown("Something went wrong on the server.", "internal_error")
+RUNNER_LOST = ErrorShown(
+    "The server failed each time it worked on this message, so it is not tried again.", "runner_lost"
+)
+Candidate = tuple[uuid.UUID, str]
 Begun = tuple[Claim, list[Frame]]
 
 
 def claim_turns(owner: str, limit: int) -> list[Begun]:
     """Take up to `limit` turns that nobody runs, each with the frames that tell its followers so.
 
-    One transaction for all of them: with SQLite each costs a sync of the disk.
+    A few transactions for all of them: with SQLite each costs a sync of the disk.
     """
-    return _claim(owner, list(Turn.objects.claimable().values_list("pk", "session_id")[: min(limit, CLAIMS_AT_ONCE)]))
+    begun = _claim_suspects(owner, limit)
+    room = min(limit - len(begun), CLAIMS_AT_ONCE)
+    return begun + _claim(owner, list(Turn.objects.claimable().trusted().values_list("pk", "session_id")[:room]))
 
 
 def claim_in(owner: str, session_id: str) -> Begun | None:
-    """The same for the one turn of a session that may run now, if there is one."""
-    candidates = Turn.objects.claimable().filter(session=session_id).values_list("pk", "session_id")
-    begun = _claim(owner, list(candidates))
+    """The same for the one turn of a session that may run now, if there is one; for a suspect one perhaps another."""
+    found = Turn.objects.claimable().filter(session=session_id)
+    if (turn_id := found.trusted().values_list("pk", flat=True).first()) is not None:
+        begun = _claim(owner, [(turn_id, session_id)])
+    else:
+        begun = _claim_suspects(owner, 1) if found.exists() else []
     return begun[0] if begun else None
 
 
-def _claim(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> list[Begun]:
+def _claim_suspects(owner: str, limit: int) -> list[Begun]:
+    """Of the turns that one more death would condemn, as many as this runner may try at a time.
+
+    A process that dies takes all its turns along, and each of them may have killed it. So those that were there each
+    time run one after another, beside any number of others: the next death tells which of them it was. Many go in
+    groups, lest they wait for hours; a death leaves the group that it hit, which is small enough the next time.
+    """
+    for candidate in Turn.objects.claimable().condemned().values_list("pk", "session_id"):
+        _park(*candidate, RUNNER_LOST, among=Turn.objects.claimable().condemned())
+    suspects = list(Turn.objects.claimable().suspect().values_list("losses", "pk", "session_id"))  # type: ignore[misc]
+    if not suspects:
+        return []
+    on_trial = Turn.objects.held_by(owner).suspected()
+    if on_trial.filter(is_singled_out=True).exists():
+        return []
+    running, most = on_trial.count(), suspects[0][0]
+    worst = [(turn_id, session_id) for lost, turn_id, session_id in suspects if lost == most]
+    at_once = max((running + len(worst)) // SUSPECTS_TO_ONE, 1)
+    room = min(at_once - running, limit, CLAIMS_AT_ONCE)
+    return _claim(owner, worst[: max(room, 0)], singled_out=at_once == 1)
+
+
+def _claim(owner: str, candidates: Sequence[Candidate], *, singled_out: bool = False) -> list[Begun]:
+    """Claim these turns, but for those that somebody else was faster with.
+
+    A row that cannot be worked with must not keep the others waiting: it is looked for by halves, and parked.
+    """
+    if not candidates:
+        return []
     try:
-        return _claim_together(owner, candidates)
+        return _claim_together(owner, candidates, singled_out=singled_out)
     except (OperationalError, InterfaceError):
         raise
     except Exception:
-        logger.exception("claim_failed", extra={"turns": len(candidates)})
-    # A row that cannot be worked with must not keep the others waiting behind it.
-    return [begun for candidate in candidates for begun in _claim_alone(owner, candidate)]
-
-
-def _claim_alone(owner: str, candidate: tuple[uuid.UUID, str]) -> list[Begun]:
-    try:
-        return _claim_together(owner, [candidate])
-    except (OperationalError, InterfaceError):
-        raise
-    except Exception:
-        logger.exception("turn_not_claimable", extra={"turn_id": str(candidate[0])})
-    _park(*candidate)
-    return []
+        logger.exception("claim_failed", extra={"turns": [str(turn_id) for turn_id, _ in candidates]})
+    if len(candidates) == 1:
+        _park(*candidates[0], SERVER_FAULT, among=Turn.objects.all())
+        return []
+    half = len(candidates) // 2
+    return [
+        *_claim(owner, candidates[:half], singled_out=singled_out),
+        *_claim(owner, candidates[half:], singled_out=singled_out),
+    ]
 
 
 @transaction.atomic
-def _park(turn_id: uuid.UUID, session_id: str) -> None:
-    """Fail a turn whose claim fails, and end the answer that its client waits for."""
+def _park(turn_id: uuid.UUID, session_id: str, why: ErrorShown, *, among: QuerySet[Turn]) -> None:
+    """Fail a turn that is not to be claimed again, and end the answer that its client waits for."""
     session = Session.objects.locked().get(pk=session_id)
-    turn = Turn.objects.get(pk=turn_id)
-    if not turn.fail_unclaimed("internal_error"):
+    turn = among.filter(pk=turn_id).first()
+    if turn is None or not turn.fail_unclaimed(why.code):
         return  # somebody else could work with it
     origin = str(turn_id)
-    finished = TurnFinished(origin, Turn.Status.FAILED, "internal_error", turn.usage)
-    lifecycle.emit(
-        session, ErrorShown("Something went wrong on the server.", "internal_error"), finished, origin=origin
-    )
-
-
-def _claim_together(owner: str, candidates: Sequence[tuple[uuid.UUID, str]]) -> list[Begun]:
-    if not candidates:
-        return []
-    with transaction.atomic():
-        sessions = Session.objects.locked().order_by("pk").in_bulk([session_id for _, session_id in candidates])
-        left = set(
-            StreamBatch.objects.unnumbered().filter(session_id__in=sessions).values_list("session_id", flat=True)
+    log.record(
+        lifecycle.fact(
+            session,
+            "agent.error.occurred",
+            turn_id=turn_id,
+            agent=session.current_agent,
+            error_message=why.message,
+            error_type=why.code,
         )
-        pin = cache(team.pin)
-        claimed = []
-        for turn in Turn.objects.claimable().filter(pk__in=[pk for pk, _ in candidates]):
-            session = sessions[turn.session_id]
-            version = pin() if turn.team_version is None else turn.team_version
-            begun = _begin(turn, session, owner, version, waiting=session.pk in left)
-            if begun is not None:
-                claimed.append(begun)
-        # Those that were left by others are logged already.
-        begins = [(claim, frames[-1:]) for claim, frames in claimed if frames and frames[-1].seq == claim.settled_seq]
-        StreamBatch.objects.bulk_create(log.batch_of(claim.session_id, frames) for claim, frames in begins)
-        log.record(*[_started(claim, sessions[claim.session_id]) for claim, _ in claimed])
-        return claimed
+    )
+    lifecycle.emit(session, why, TurnFinished(origin, Turn.Status.FAILED, why.code, turn.usage), origin=origin)
+    lifecycle.wake_runner(session_id)  # for what is queued behind it
+    transaction.on_commit(feed.wake_runner)
+    logger.error("turn_parked", extra={"turn_id": origin, "session_id": session_id, "code": why.code})
 
 
-def _begin(turn: Turn, session: Session, owner: str, version: int, *, waiting: bool) -> Begun | None:
-    """Claim one turn and reserve its numbers; with the frames that others left, and last the one that says it begins.
+@transaction.atomic
+def _claim_together(owner: str, candidates: Sequence[Candidate], *, singled_out: bool) -> list[Begun]:
+    """The same few statements for any number of turns: with one for each, a thousand took seconds."""
+    # Whoever has a session locked is about to change its turns: they are looked at the next time.
+    wanted = Session.objects.filter(pk__in=[session_id for _, session_id in candidates])
+    sessions = {session.pk: session for session in wanted.locked(or_skipped=True).order_by("pk")}
+    # Locked in one order, as the renewal and the group commit do it.
+    rows = (
+        Turn.objects.claimable()
+        .filter(pk__in=[turn_id for turn_id, _ in candidates], session__in=sessions)
+        .select_for_update(of=("self",))
+        .order_by("pk")
+    )
+    turns = sorted(rows, key=lambda turn: turn.created_at)
+    if not turns:
+        return []
+    left = set(StreamBatch.objects.unnumbered().filter(session_id__in=sessions).values_list("session_id", flat=True))
+    pin = cache(team.pin)
+    begun = [
+        _begin(
+            turn,
+            sessions[turn.session_id],
+            owner,
+            pin() if turn.team_version is None else turn.team_version,
+            waiting=turn.session_id in left,
+        )
+        for turn in turns
+    ]
+    Session.objects.filter(pk__in=[turn.session_id for turn in turns]).reserve_numbers(BLOCK)
+    Turn.claim([claim for claim, _ in begun], singled_out=singled_out)
+    # Those that were left by others are logged already.
+    StreamBatch.objects.bulk_create(
+        log.batch_of(claim.session_id, frames[-1:])
+        for claim, frames in begun
+        if frames and frames[-1].seq == claim.settled_seq
+    )
+    log.record(*[_started(claim, sessions[claim.session_id]) for claim, _ in begun])
+    return begun
+
+
+def _begin(turn: Turn, session: Session, owner: str, version: int, *, waiting: bool) -> Begun:
+    """How a turn begins to run: with the frames that others left, and last the one that says so.
 
     It runs under this version of the team to its end. A turn that goes on after it waited has begun before, and says
     nothing.
     """
     is_takeover, has_waited = turn.status == Turn.Status.RUNNING, turn.round_count > 0
-    first, left = session.next_seq, StreamBatch.objects.unnumbered().filter(session_id=session.pk)
-    seq = first + (left.count() if waiting else 0)
-    is_silent = has_waited and not is_takeover
-    settled = seq - 1 if is_silent else seq
-    if not turn.claim(owner, settled_seq=settled, team_version=version):
-        return None
-    session.reserve_numbers(BLOCK)
-    numbers = iter(range(first, seq))
+    first = session.next_seq
+    numbers = count(first)
     frames = log.number_waiting(session.pk, lambda: next(numbers)) if waiting else []
-    if not is_silent:
+    settled = first + len(frames) - 1
+    if is_takeover or not has_waited:
         origin = str(turn.pk)
         chunk = Restarted(origin, turn.settled_seq) if is_takeover else TurnStarted(origin)
-        frames.append(Frame.of(seq, origin, encode(chunk)))
+        settled += 1
+        frames.append(Frame.of(settled, origin, encode(chunk)))
     claim = Claim(
         turn.pk,
         session.pk,
@@ -192,6 +253,13 @@ def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID]) -> None:
         held = Turn.objects.held_by(owner).filter(pk__in=turn_ids).select_for_update()
         kept = held.filter(lease_until__gt=Now()).order_by("pk").values_list("pk", flat=True)
         Turn.objects.filter(pk__in=list(kept)).update(lease_until=lease_end())
+
+
+def release(claim: Claim) -> None:
+    """Leave a turn to whoever claims it next. Raises LostClaim."""
+    with transaction.atomic():
+        Turn.release(claim)
+        lifecycle.wake_runner(claim.session_id)
 
 
 def wishes(owner: str, turn_ids: Sequence[uuid.UUID]) -> set[str]:

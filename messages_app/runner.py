@@ -6,7 +6,7 @@ import os
 import socket
 import uuid
 from collections.abc import Awaitable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from django.conf import settings
@@ -40,6 +40,7 @@ class Runner:
         self.owner = f"{socket.gethostname()[:20]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self.is_stopping = False
         self._streams: dict[uuid.UUID, TurnStream] = {}
+        self._abandoned: list[Claim] = []
         self._running: set[asyncio.Task[Any]] = set()
         self._clocks: list[asyncio.Task[None]] = []
 
@@ -48,6 +49,7 @@ class Runner:
         self._clocks = [
             asyncio.create_task(every(settings.STREAM_COMMIT_SECONDS, self._commit_deltas)),
             asyncio.create_task(every(settings.TURN_LEASE_RENEWAL_SECONDS, self._renew)),
+            asyncio.create_task(every(settings.TURN_LEASE_RENEWAL_SECONDS, self._release_abandoned)),
             asyncio.create_task(every(WISH_SECONDS, self._look)),
         ]
 
@@ -112,8 +114,9 @@ class Runner:
             await _try(_hand_over(stream))
             logger.info("turn_handed_over", extra=ids)
         except (OperationalError, InterfaceError):
-            # Whether the last write counts is unknown. The lease runs out, and the next claim sees what is stored.
+            # Whether the last write counts is unknown. It is released, and the next claim sees what is stored.
             logger.exception("turn_abandoned", extra=ids)
+            self._abandoned.append(claim)
         except Exception:
             logger.exception("turn_failed", extra=ids)
             await _try(give_up(stream))
@@ -148,6 +151,13 @@ class Runner:
         if self._streams:
             for session_id in await read(claims.wishes, self.owner, list(self._streams)):
                 feed.look(session_id)
+
+    async def _release_abandoned(self) -> None:
+        """As soon as the database is back: this runner lives, and an outage must not look like its death."""
+        while self._abandoned:
+            with suppress(LostClaim):  # ended after all, or taken over
+                await hop(claims.release, self._abandoned[0])
+            del self._abandoned[0]
 
 
 class EmbeddedRunner(Runner):

@@ -4,13 +4,15 @@ import json
 import secrets
 import string
 import uuid
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
 
 from django.conf import settings
 from django.db import models
-from django.db.models import Exists, F, OuterRef, Q, QuerySet
+from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, Subquery, Value, When
 from django.db.models.expressions import CombinedExpression
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
@@ -90,9 +92,16 @@ class SessionQuerySet(QuerySet["Session"]):
             raise UnknownSession(f"Session {session_id} not found")
         return session
 
-    def locked(self) -> Self:
-        """Lock the rows: whoever gives numbers or moves turns of a session takes its row first."""
-        return self.select_for_update()
+    def locked(self, *, or_skipped: bool = False) -> Self:
+        """Lock the rows: whoever gives numbers or moves turns of a session takes its row first.
+
+        Those that somebody else has locked are waited for, or skipped.
+        """
+        return self.select_for_update(skip_locked=or_skipped)
+
+    def reserve_numbers(self, count: int) -> None:
+        """Take the next `count` numbers of each stream; the caller holds the rows' locks."""
+        self.update(next_seq=F("next_seq") + count)
 
 
 class Session(models.Model):
@@ -127,7 +136,7 @@ class Session(models.Model):
     def reserve_numbers(self, count: int) -> int:
         """Take the next `count` numbers of the stream and return the first; the caller holds the row's lock."""
         first = self.next_seq
-        Session.objects.filter(pk=self.pk).update(next_seq=F("next_seq") + count)
+        Session.objects.filter(pk=self.pk).reserve_numbers(count)
         self.next_seq = first + count
         return first
 
@@ -172,18 +181,59 @@ class Claim:
     team_version: int
 
 
+def _each(claims: Sequence[Claim], value: Callable[[Claim], int]) -> Case:
+    """For each claimed turn a number, in as many conditions as there are different ones."""
+    turns: defaultdict[int, list[uuid.UUID]] = defaultdict(list)
+    for claim in claims:
+        turns[value(claim)].append(claim.turn_id)
+    return Case(*(When(pk__in=ids, then=Value(number, models.BigIntegerField())) for number, ids in turns.items()))
+
+
+def unclaimed() -> Q:
+    """Turns that a runner may take: queued, released, or lost by a runner whose lease ran out."""
+    return Q(status=Turn.Status.QUEUED) | Q(status=Turn.Status.RUNNING, lease_until__lte=Now())
+
+
+def losses() -> Case:
+    """How many runners in a row died with an unclaimed turn; one that was released has nobody's name on it."""
+    died = Q(status=Turn.Status.RUNNING) & ~Q(owner="")
+    return Case(
+        When(died, then=F("lost_count") + 1), default=F("lost_count"), output_field=models.PositiveSmallIntegerField()
+    )
+
+
 class TurnQuerySet(QuerySet["Turn"]):
     def unfinished(self) -> Self:
         return self.filter(status__in=Turn.UNFINISHED)
 
     def claimable(self) -> Self:
-        """Queued turns with no unfinished one before them, and running ones that lost their runner; oldest first."""
+        """Queued turns with no unfinished one before them, and running ones without a runner; oldest first.
+
+        With their `losses`: how many runners in a row died with them.
+        """
         before = Turn.objects.unfinished().filter(session=OuterRef("session"), position__lt=OuterRef("position"))
         return (
-            self.filter(Q(status=Turn.Status.QUEUED) | Q(status=Turn.Status.RUNNING, lease_until__lte=Now()))
+            self.filter(unclaimed())
             .filter(~Exists(before))
+            .annotate(losses=losses())
             .order_by("created_at", "position")
         )
+
+    def trusted(self) -> Self:
+        """Of claimable turns those that may run beside any others."""
+        return self.filter(losses__lt=settings.TURN_MAX_LOSSES - 1)
+
+    def suspect(self) -> Self:
+        """Of claimable turns those that one more death is to tell apart; whoever lost most comes first."""
+        return self.filter(losses__gte=settings.TURN_MAX_LOSSES - 1).order_by("-losses", "created_at", "position")
+
+    def condemned(self) -> Self:
+        """Of claimable turns those that killed their runners. One that is to be cancelled only has to be told."""
+        return self.filter(losses__gte=settings.TURN_MAX_LOSSES, is_singled_out=True, cancel_requested_at__isnull=True)
+
+    def suspected(self) -> Self:
+        """Running turns that were suspect when they were claimed and have not settled a step since."""
+        return self.filter(status=Turn.Status.RUNNING, lost_count__gte=settings.TURN_MAX_LOSSES - 1)
 
     def held_by(self, owner: str) -> Self:
         return self.filter(status=Turn.Status.RUNNING, owner=owner)
@@ -211,6 +261,14 @@ class Turn(models.Model):
     owner = models.CharField(max_length=64, blank=True, help_text="The runner that holds it.")
     attempt = models.PositiveIntegerField(default=0, help_text="How often it was claimed; part of the fence.")
     lease_until = models.DateTimeField(null=True)
+    lost_count = models.PositiveSmallIntegerField(
+        default=0, db_default=0, help_text="How many runners died with it since its last settled step."
+    )
+    is_singled_out = models.BooleanField(
+        default=False,
+        db_default=False,
+        help_text="No other suspect runs beside it: if its runner dies, it is to blame.",
+    )
     settled_seq = models.BigIntegerField(default=0, help_text="Text after this number is void if the runner dies.")
     handoff_count = models.PositiveIntegerField(default=0)
     round_count = models.PositiveIntegerField(default=0, help_text="How many model answers have asked for tools.")
@@ -252,23 +310,28 @@ class Turn(models.Model):
         """What its model steps cost, as far as they have ended."""
         return {name: getattr(self, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
 
-    def claim(self, owner: str, *, settled_seq: int, team_version: int) -> bool:
-        """Take the turn for `owner` unless somebody else was faster; the caller holds the session's lock.
+    @staticmethod
+    def claim(claims: Sequence[Claim], *, singled_out: bool = False) -> None:
+        """Take turns, all or none; the caller holds the locks of their sessions and of their rows, and has reserved
+        their numbers.
 
-        The first claim says under which version of the team the turn runs, to its end.
+        Raises TurnMoved when one is not to be had, which those locks should not allow.
         """
-        was = Q(status=Turn.Status.QUEUED) | Q(status=Turn.Status.RUNNING, lease_until__lte=Now())
-        return bool(
-            Turn.objects.filter(was, pk=self.pk, attempt=self.attempt).update(
-                status=Turn.Status.RUNNING,
-                owner=owner,
-                attempt=F("attempt") + 1,
-                lease_until=lease_end(),
-                started_at=Coalesce("started_at", Now()),
-                settled_seq=settled_seq,
-                team_version=team_version,
-            )
+        reserved = Subquery(Session.objects.filter(pk=OuterRef("session")).values("next_seq")[:1])
+        claimed = Turn.objects.filter(unclaimed(), pk__in=[claim.turn_id for claim in claims]).update(
+            status=Turn.Status.RUNNING,
+            owner=claims[0].owner,
+            attempt=F("attempt") + 1,
+            lease_until=lease_end(),
+            lost_count=losses(),
+            is_singled_out=singled_out,
+            started_at=Coalesce("started_at", Now()),
+            # How far below the end of the block is the same for most: a statement with a number for each is slow.
+            settled_seq=reserved + _each(claims, lambda claim: claim.settled_seq - claim.block_end),
+            team_version=_each(claims, lambda claim: claim.team_version),
         )
+        if claimed != len(claims):
+            raise TurnMoved(f"{len(claims) - claimed} of {len(claims)} turns moved while they were claimed")
 
     @staticmethod
     def mine(claim: Claim) -> "TurnQuerySet":
@@ -284,8 +347,11 @@ class Turn(models.Model):
 
     @staticmethod
     def progress(claim: Claim, **changes: Any) -> None:
-        """Write a step of a running turn, or raise LostClaim, or CancelRequested if the step may no longer count."""
-        if not Turn.mine(claim).filter(cancel_requested_at__isnull=True).update(**changes):
+        """Write a step of a running turn, or raise LostClaim, or CancelRequested if the step may no longer count.
+
+        Whoever dies later dies of something else: what the turn has lost until now is forgotten.
+        """
+        if not Turn.mine(claim).filter(cancel_requested_at__isnull=True).update(lost_count=0, **changes):
             Turn.ensure_running(claim)
             raise LostClaim(f"turn {claim.turn_id} changed hands")
 
@@ -343,9 +409,7 @@ class Turn(models.Model):
 
     def end_unheld(self, status: Status, code: str) -> bool:
         """End a turn that no runner holds: queued, waiting, or left behind by a runner that died."""
-        unheld = Q(status__in=[Turn.Status.QUEUED, Turn.Status.WAITING]) | Q(
-            status=Turn.Status.RUNNING, lease_until__lte=Now()
-        )
+        unheld = Q(status=Turn.Status.WAITING) | unclaimed()
         return bool(
             Turn.objects.filter(unheld, pk=self.pk).update(
                 status=status, code=code, finished_at=Now(), lease_until=None
@@ -353,11 +417,10 @@ class Turn(models.Model):
         )
 
     def fail_unclaimed(self, code: str) -> bool:
-        """End a turn whose rows nobody can work with; the caller holds the session's lock."""
-        was = Q(status=Turn.Status.QUEUED) | Q(status=Turn.Status.RUNNING, lease_until__lte=Now())
+        """End a turn that nobody is to claim any more; the caller holds the session's lock."""
         return bool(
-            Turn.objects.filter(was, pk=self.pk, attempt=self.attempt).update(
-                status=Turn.Status.FAILED, code=code, finished_at=Now(), lease_until=None
+            Turn.objects.filter(unclaimed(), pk=self.pk, attempt=self.attempt).update(
+                status=Turn.Status.FAILED, code=code, finished_at=Now(), lease_until=None, lost_count=losses()
             )
         )
 

@@ -1,5 +1,7 @@
 """Claims, leases and fences: of two runners only one can write."""
 
+from dataclasses import replace
+
 import pytest
 from django.db import IntegrityError, connection, transaction
 from django.db.models.functions import Now
@@ -12,7 +14,7 @@ from events_app.models import StreamBatch
 from messages_app import claims, ending, steps
 from messages_app.turn_stream import BLOCK, Step, TurnStream
 from sessions_app import lifecycle
-from sessions_app.models import CancelRequested, LostClaim, Session, Turn
+from sessions_app.models import CancelRequested, LostClaim, Session, Turn, TurnMoved
 from tests.factories import CALLER, claim, let_lease_run_out, make_session, make_turn
 
 pytestmark = pytest.mark.django_db
@@ -29,10 +31,13 @@ def test_a_turn_is_claimed_once() -> None:
 
 def test_of_two_runners_that_saw_the_same_turn_one_gets_it() -> None:
     turn = make_turn(make_session())
-    seen_by_two = Turn.objects.get(pk=turn.pk)
+    first = claim(turn, "one")
 
-    assert turn.claim("one", settled_seq=1, team_version=1) is True
-    assert seen_by_two.claim("two", settled_seq=1, team_version=1) is False
+    with pytest.raises(TurnMoved):
+        Turn.claim([replace(first, owner="two")])
+
+    turn.refresh_from_db()
+    assert turn.owner == "one"
 
 
 def test_only_the_oldest_unfinished_turn_of_a_session_may_run() -> None:

@@ -9,7 +9,6 @@ from itertools import count
 
 from django.db import InterfaceError, OperationalError, transaction
 from django.db.models import QuerySet
-from django.db.models.functions import Now
 
 from agents_app import team
 from events_app import log
@@ -221,13 +220,8 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
         short = [part.claim.session_id for part in parts if part.wants_numbers]
         sessions = Session.objects.locked().order_by("pk").in_bulk(short) if short else {}
         # Locked, so that nobody takes a turn over between this look and the commit.
-        held = set(
-            Turn.objects.select_for_update()
-            .held_by(owner)
-            .filter(lease_until__gt=Now(), pk__in=[part.claim.turn_id for part in parts])
-            .order_by("pk")
-            .values_list("pk", "attempt")
-        )
+        turns = Turn.objects.lock_live([part.claim.turn_id for part in parts], owner)
+        held = set(turns.values_list("pk", "attempt"))
         batches = []
         logged: dict[uuid.UUID, tuple[int, int] | None] = {}
         for part in parts:
@@ -249,10 +243,7 @@ def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID]) -> None:
     Only those it names: one that it has given up on is still its own by name, and has to reach the end of its lease.
     """
     with transaction.atomic():
-        # Locked in one order, as the group commit does it.
-        held = Turn.objects.held_by(owner).filter(pk__in=turn_ids).select_for_update()
-        kept = held.filter(lease_until__gt=Now()).order_by("pk").values_list("pk", flat=True)
-        Turn.objects.filter(pk__in=list(kept)).update(lease_until=lease_end())
+        Turn.objects.lock_live(turn_ids, owner).update(lease_until=lease_end())
 
 
 def release(claim: Claim) -> None:

@@ -144,11 +144,14 @@ def one_line(error: Exception) -> str:
 def prepare_database() -> str | None:
     """Migrate, and make a superuser when there is nobody; the password if one was made up for it."""
     from django.core.management import call_command
-    from django.db import connections
+    from django.db import connection, connections
 
-    call_command("migrate", verbosity=0, interactive=False)
+    from events_app.management.commands.migrate import alone
+
     try:
-        return ensure_superuser()
+        with alone(connection):
+            call_command("migrate", verbosity=0, interactive=False)
+            return ensure_superuser()
     finally:
         connections.close_all()
 

@@ -283,7 +283,7 @@ class Turn(models.Model):
     is_singled_out = models.BooleanField(
         default=False,
         db_default=False,
-        help_text="No other suspect runs beside it: if its runner dies, it is to blame.",
+        help_text="No other suspect runs beside it: it is to blame if its runner dies.",
     )
     settled_seq = models.BigIntegerField(default=0, help_text="Text after this number is void if the runner dies.")
     handoff_count = models.PositiveIntegerField(default=0)

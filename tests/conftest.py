@@ -9,7 +9,7 @@ import pytest
 from django.test import Client
 from playwright.sync_api import Browser, sync_playwright
 
-from tests import databases
+from tests import databases, scaled
 from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import ScriptedLLM
 from tests.server import Server, running
@@ -39,6 +39,15 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         outcome = fresh.manage(*command)
         assert outcome.returncode == 0, outcome.stderr
     return fresh.database
+
+
+@pytest.fixture(scope="session")
+def scaled_template(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
+    """The same with the tables of a scaled installation; on PostgreSQL alone."""
+
+    place = tmp_path_factory.mktemp("scaled") / "test.sqlite3"
+    scaled.migrate(migrated, place)
+    return place
 
 
 @pytest.fixture(scope="module")

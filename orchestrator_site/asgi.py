@@ -46,9 +46,9 @@ class Application:
             self.runner = EmbeddedRunner()
             self.runner.start()
             # What start-up made lives as long as the process. Left to the collector, each full collection walked all of
-            # it and stopped every stream for 57 to 76 ms.
-            gc.collect()
+            # it and stopped every stream for 57 to 76 ms. The few thousand objects of it that are garbage may stay too.
             gc.freeze()
+            gc.enable()  # `serve` starts without it
 
 
 application = Application(Guard(ProtocolTypeRouter({"http": django_application, "websocket": sockets})))

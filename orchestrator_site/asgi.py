@@ -85,9 +85,9 @@ class Application:
             self.beside = Beside()
             self.beside.start()
             # What start-up made lives as long as the process. Left to the collector, each full collection walked all of
-            # it and stopped every stream for 57 to 76 ms.
-            gc.collect()
+            # it and stopped every stream for 57 to 76 ms. The few thousand objects of it that are garbage may stay too.
             gc.freeze()
+            gc.enable()  # `serve` starts without it
 
 
 application = Application(Guard(ProtocolTypeRouter({"http": django_application, "websocket": sockets})))

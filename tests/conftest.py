@@ -65,6 +65,23 @@ def shared_server(
         yield started
 
 
+@pytest.fixture(scope="module")
+def mortal_server(
+    tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("mortal")
+    with running(folder, migrated, LLM_BASE_URL=shared_llm.url, TURN_LEASE_SECONDS="1") as started:
+        yield started
+
+
+@pytest.fixture
+def mortal(mortal_server: Server, played: ScriptedLLM) -> Iterator[Server]:
+    """A module's server that tests kill. A turn that it leaves behind is taken over after a second."""
+    yield mortal_server
+    if mortal_server.process is None or mortal_server.process.poll() is not None:
+        mortal_server.start()
+
+
 @pytest.fixture
 def played(shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
     """The module's model for one test: its script has to be played to the end, and no history may be refused.
@@ -82,6 +99,14 @@ def played(shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
 
 
 # --- People in Django's own client ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_static_files() -> None:
+    """Each client of Django's own loads the middleware anew, which would look for 220 files. Real servers have them."""
+    from django.conf import settings
+
+    settings.SERVESTATIC_USE_FINDERS = settings.SERVESTATIC_USE_STATIC_ROOT = False
 
 
 @pytest.fixture

@@ -51,6 +51,10 @@ class EmbeddedRunner:
             asyncio.create_task(_every(PRUNE_SECONDS, _prune)),
         ]
 
+    @property
+    def is_alive(self) -> bool:
+        return bool(self._loops) and not any(loop.done() for loop in self._loops)
+
     async def stop(self) -> None:
         """Hand every running turn over, with what it has streamed, and end."""
         self._loops[0].cancel()

@@ -14,6 +14,7 @@ django_application = get_asgi_application()
 from events_app.database import close_threads  # noqa: E402 (needs the apps)
 from messages_app.runner import EmbeddedRunner  # noqa: E402
 from orchestrator_site.guard import App, Guard, Receive, Send  # noqa: E402
+from orchestrator_site.readiness import MISSING, OK, Probe, readiness  # noqa: E402
 from orchestrator_site.sockets import sockets  # noqa: E402
 
 
@@ -41,6 +42,9 @@ class Application:
             close_threads()
         await send({"type": "lifespan.shutdown.complete"})
 
+    async def runner_state(self) -> str:
+        return OK if self.runner is not None and self.runner.is_alive else MISSING
+
     def _ensure_runner(self) -> None:
         if self.runner is None:
             self.runner = EmbeddedRunner()
@@ -52,3 +56,4 @@ class Application:
 
 
 application = Application(Guard(ProtocolTypeRouter({"http": django_application, "websocket": sockets})))
+readiness.probes["runner"] = Probe(application.runner_state)

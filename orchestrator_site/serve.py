@@ -59,11 +59,13 @@ def serve() -> None:
 
     from events_app.changes import watch
     from events_app.feed import feed
+    from orchestrator_site.readiness import readiness
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             sys.stdout.write("\nStopping. A turn that is running goes on with the next start.\n")
             sys.stdout.flush()
+            readiness.is_stopping = True
             feed.close_all()
             watch.close_all()
             super().handle_exit(sig, frame)

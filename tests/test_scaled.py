@@ -1,11 +1,13 @@
 """Web processes and workers: any of them serves any session, and what one does the others show."""
 
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from redis import from_url
 
 from orchestrator_site.local_services import Redis
 from tests import databases
@@ -21,6 +23,15 @@ COMMAND = '{"command": "make"}'
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
     server = Redis(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Redis]:
+    """A Redis that a test may break."""
+    server = Redis(tmp_path / "redis")
     server.start()
     yield server
     server.stop()
@@ -195,3 +206,60 @@ def test_connections_stay_within_the_pools(scaled: Installation, played: Scripte
     assert all(answer.result() > 20 for answer in answers)
     # Four processes with their pools, and what each worker fetches jobs and listens with.
     assert 4 < most <= 4 * 12 + 2 * 6
+
+
+def test_readiness_names_the_layer_and_missing_workers(breakable: Installation) -> None:
+    def ready() -> tuple[int, dict[str, str]]:
+        answer = breakable.web.http.get("/readyz")
+        return answer.status_code, answer.json()
+
+    assert ready() == (200, {"status": "ready", "database": "ok", "runner": "ok", "layer": "memory"})
+
+    [worker] = breakable.workers
+    worker.stop()
+
+    degraded = (200, {"status": "degraded", "database": "ok", "runner": "missing", "layer": "memory"})
+    eventually(lambda: ready() == degraded)
+
+
+@pytest.mark.redis
+def test_streams_go_on_while_redis_is_silent_flushed_gone_and_back(
+    tmp_path: Path, scaled_template: Path, llm: ScriptedLLM, own: Redis
+) -> None:
+    llm.route_to = "coder"
+    assert own.process is not None
+    with installed(tmp_path, scaled_template, llm, webs=2, REDIS_URL=own.url) as installation:
+        one, other = installation.webs
+
+        def follow_a_turn(after: int) -> int:
+            """What is posted to one process is seen by a follower of the other, all of it and soon; where it ends."""
+            gate = Gate()
+            llm.script(hold("Half an ", "answer.", gate=gate))
+            with other.following("s", after) as followed, ThreadPoolExecutor(1) as pool:
+                said = pool.submit(one.say, "s", "Hello")
+                seen = until(followed, "assistant_message")
+                gate.open()
+                opened_at = time.monotonic()
+                seen += until(followed, "turn_finished")
+                assert time.monotonic() - opened_at < 5
+                assert by_number(seen) == by_number(said.result(10))
+            return seen[-1].seq
+
+        one.http.post("/sessions", json={"session_id": "s"})
+        position = 0
+        for fault, layer in (
+            (lambda: None, "ok"),
+            (lambda: own.process.send_signal(signal.SIGSTOP), "away"),
+            (lambda: own.process.send_signal(signal.SIGCONT), "ok"),
+            (lambda: from_url(own.url).flushall(), "ok"),
+            (own.stop, "away"),
+            (own.start, "ok"),
+        ):
+            fault()
+            position = follow_a_turn(position)
+            for web in installation.webs:
+                eventually(lambda web=web, layer=layer: web.http.get("/readyz").json()["layer"] == layer)
+            position = follow_a_turn(position)
+
+        assert len(installation.web.history("s")) == 24
+        assert "Traceback" not in installation.logs, installation.logs

@@ -19,7 +19,7 @@ from events_app.frames import Frame
 from events_app.models import Event, StreamBatch
 from messages_app.turn_stream import BLOCK
 from sessions_app import lifecycle
-from sessions_app.models import Claim, Session, Turn, lease_end
+from sessions_app.models import RUNNER_LOST, Claim, Session, Turn, lease_end
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,7 @@ CLAIMS_AT_ONCE = 100
 # Of so many suspect turns one runs at a time.
 SUSPECTS_TO_ONE = 20
 SERVER_FAULT = ErrorShown("Something went wrong on the server.", "internal_error")
-RUNNER_LOST = ErrorShown(
-    "The server failed each time it worked on this message, so it is not tried again.", "runner_lost"
-)
+RUNNERS_LOST = ErrorShown("The server failed each time it worked on this message. It is not tried again.", RUNNER_LOST)
 Candidate = tuple[uuid.UUID, str]
 Begun = tuple[Claim, list[Frame]]
 
@@ -52,7 +50,7 @@ def _claim_suspects(owner: str, limit: int) -> list[Begun]:
     groups, lest they wait for hours; a death leaves the group that it hit, which is small enough the next time.
     """
     for candidate in Turn.objects.claimable().condemned().values_list("pk", "session_id"):
-        _park(*candidate, RUNNER_LOST, among=Turn.objects.claimable().condemned())
+        _park(*candidate, RUNNERS_LOST, among=Turn.objects.claimable().condemned())
     suspects = list(Turn.objects.claimable().suspect().values_list("losses", "pk", "session_id"))  # type: ignore[misc]
     if not suspects:
         return []

@@ -39,6 +39,10 @@ class CallMoved(Conflict):
     code = "call_moved"
 
 
+# The code of a turn that is parked because its runners died with it.
+RUNNER_LOST = "runner_lost"
+
+
 class LostClaim(Exception):
     """The turn is no longer this runner's: another one took it over, or it has ended."""
 

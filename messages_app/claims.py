@@ -121,8 +121,8 @@ def _park(turn_id: uuid.UUID, session_id: str, why: ErrorShown, *, among: QueryS
 @transaction.atomic
 def _claim_together(owner: str, candidates: Sequence[Candidate], *, singled_out: bool) -> list[Begun]:
     """The same few statements for any number of turns: with one for each, a thousand took seconds."""
-    # Whoever has a session locked is about to change its turns: they are looked at the next time. One alone is waited for,
-    # by a worker whose job names it.
+    # Whoever has a session locked is about to change its turns: they are looked at the next time. One alone is waited
+    # for, by a worker whose job names it.
     wanted = Session.objects.filter(pk__in=[session_id for _, session_id in candidates])
     sessions = {session.pk: session for session in wanted.locked(or_skipped=len(candidates) > 1).order_by("pk")}
     # Locked in one order, as the renewal and the group commit do it.

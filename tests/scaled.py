@@ -52,7 +52,7 @@ class Installation:
     """Its first web process is `web`; every process has a log of its own."""
 
     def __init__(self, folder: Path, webs: int, workers: int, settings: dict[str, str]) -> None:
-        self.webs = [Server(folder, **SCALED, **settings) for _ in range(webs)]
+        self.webs = [Server(folder, **(SCALED | settings)) for _ in range(webs)]
         for number, server in enumerate(self.webs):
             server.log = folder / f"web{number}.log"
         self.web = self.webs[0]

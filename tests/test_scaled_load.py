@@ -1,4 +1,4 @@
-"""Two web processes and two workers under load, one of them restarted again and again: nothing lost, nothing doubled."""
+"""Two web processes and two workers under load, each restarted again and again: nothing lost, nothing doubled."""
 
 import random
 import signal
@@ -42,10 +42,11 @@ class Client:
         self.task = f"task of {session_id}"
         self._addresses = addresses
         self._http = httpx.Client(headers=AUTH, timeout=20)
-        self._until = time.monotonic() + PATIENCE
+        self._until = 0.0
 
     def play(self) -> None:
         """One turn: a message, its approval, its tool result, its answer."""
+        self._until = time.monotonic() + PATIENCE
         with self._http:
             self._say({"type": "user_message", "content": self.task}, has_said=lambda: self._count("user") == 1)
             call_id = self._found("pending-approvals", "pending_approvals")
@@ -140,7 +141,9 @@ def test_200_sessions_over_restarts_of_every_process(
     sessions = [f"s{number}" for number in range(SESSIONS)]
     done = Event()
 
-    with installed(tmp_path, scaled_template, llm, webs=2, workers=2, REDIS_URL=redis.url) as installation:
+    # The lease is the usual one: on a busy machine a shorter one runs out under runners that live.
+    settings = {"REDIS_URL": redis.url, "TURN_LEASE_SECONDS": "10"}
+    with installed(tmp_path, scaled_template, llm, webs=2, workers=2, **settings) as installation:
         addresses = [web.url for web in installation.webs]
         restarting = Thread(target=restart_in_turn, args=(installation, redis, done))
         restarting.start()
@@ -171,9 +174,8 @@ def assert_nothing_lost_or_doubled(web: Server, session_id: str) -> None:
     numbers = [frame.seq for frame in frames]
     assert numbers == sorted(set(numbers))
     kinds = [frame.type for frame in frames]
-    assert kinds.count("turn_started") == kinds.count("turn_finished") == 1
-    # Shown when it was asked for, and once more when it was released; repeats of a step are announced.
-    assert kinds.count("tool_call") == 2, kinds
+    once = ("turn_started", "tool_call", "approval_resolved", "turn_finished")
+    assert [kinds.count(kind) for kind in once] == [1] * len(once), kinds
 
 
 def whole_stream(web: Server, session_id: str) -> list[Frame]:

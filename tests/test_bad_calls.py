@@ -184,7 +184,7 @@ def tool_messages(server: Server, waiting: Waiting) -> list[str]:
 
 def audited(server: Server, waiting: Waiting) -> list[tuple[Any, ...]]:
     """Who did what to a call, how it came out, with which code."""
-    entries = "SELECT actor, action, outcome, json_extract(details, '$.code') FROM events_app_auditentry"
+    entries = "SELECT actor, action, outcome, details ->> 'code' FROM events_app_auditentry"
     return query(
         server, f"{entries} WHERE target = ? AND session_id = ? ORDER BY id", waiting.call_id, waiting.session_id
     )

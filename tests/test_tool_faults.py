@@ -684,7 +684,7 @@ def rules(server: Server) -> Iterator[Rules]:
             change(
                 server,
                 "INSERT INTO agents_app_approvalrule"
-                " (position, tool, agent, outcome, reason, self_approval, is_active) VALUES (?, ?, ?, ?, ?, 1, ?)",
+                " (position, tool, agent, outcome, reason, self_approval, is_active) VALUES (?, ?, ?, ?, ?, true, ?)",
                 *(position + number, tool, agent[0] if agent else "", outcome, f"{outcome}: {tool}", is_active),
             )
 

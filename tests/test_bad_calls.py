@@ -739,9 +739,8 @@ NO_LONGER: dict[str, tuple[str, list[str], str]] = {
         "The agent that asked for this is gone.",
     ),
     "a stricter schema": (
-        "UPDATE agents_app_tool SET parameters = json_set(parameters, '$.required[#]', 'encoding')"
-        " WHERE name = 'write_file'",
-        [],
+        "UPDATE agents_app_tool SET parameters = ? WHERE name = 'write_file'",
+        ['{"type": "object", "required": ["encoding"]}'],
         "'encoding' is a required property",
     ),
     "a stricter path": (

@@ -690,6 +690,7 @@ def rules(server: Server) -> Iterator[Rules]:
 
     ((highest,),) = rows(server, "SELECT max(id) FROM agents_app_approvalrule")
     yield add
+    change(server, "UPDATE agents_app_approvalrequest SET rule_id = NULL WHERE rule_id > ?", highest)
     change(server, "DELETE FROM agents_app_approvalrule WHERE id > ?", highest)
 
 

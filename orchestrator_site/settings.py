@@ -213,6 +213,7 @@ AXES_COOLOFF_TIME = timedelta(minutes=15)
 AXES_RESET_ON_SUCCESS = True
 # Locking a user name alone would let anybody lock the operators out.
 AXES_LOCKOUT_PARAMETERS = [["username", "ip_address"]]
+AXES_USERNAME_CALLABLE = "orchestrator_site.login.guessed_name"
 AXES_VERBOSE = False
 # Its pages would show the user names and browsers that strangers make up, as they are.
 AXES_ENABLE_ADMIN = False

@@ -126,19 +126,21 @@ def locked(place: Path, table: str) -> Iterator[None]:
 @contextmanager
 def refusing(place: Path, table: str, condition: str, *, as_fault: bool = False) -> Iterator[None]:
     """While new rows of a kind cannot be stored: as on a full disk, or `as_fault`, by a constraint that we broke."""
+    with meanwhile(place, *refusal(table, condition, as_fault=as_fault)):
+        yield
+
+
+def refusal(table: str, condition: str = "1 = 1", *, as_fault: bool = True) -> tuple[list[str], list[str]]:
+    """The statements that begin and end it."""
     if ON_POSTGRESQL:
-        state = "check_violation" if as_fault else "disk_full"
         there = [
-            _raising("refuse", "trigger", state),
+            _raising("refuse", "trigger", "check_violation" if as_fault else "disk_full"),
             f"CREATE TRIGGER refuse BEFORE INSERT ON {table} FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION refuse()",
         ]
-        back = ["DROP FUNCTION refuse CASCADE"]
-    else:
-        error = "RAISE(ABORT, 'refused')" if as_fault else "json('no json')"
-        there = [f"CREATE TRIGGER refuse BEFORE INSERT ON {table} WHEN {condition} BEGIN SELECT {error}; END"]
-        back = ["DROP TRIGGER refuse"]
-    with meanwhile(place, there, back):
-        yield
+        return there, ["DROP FUNCTION refuse CASCADE"]
+    error = "RAISE(ABORT, 'not now')" if as_fault else "json('no json')"
+    there = [f"CREATE TRIGGER refuse BEFORE INSERT ON {table} WHEN {condition} BEGIN SELECT {error}; END"]
+    return there, ["DROP TRIGGER refuse"]
 
 
 @contextmanager

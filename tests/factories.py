@@ -5,6 +5,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from django.db import connection
 from django.db.models.functions import Now
 
 from agents_app.llm import CallWanted, FinishedStep
@@ -17,6 +18,7 @@ from messages_app.turn_stream import TurnStream
 from sessions_app import lifecycle
 from sessions_app.callers import FIRST_ACCOUNT, Caller
 from sessions_app.models import Claim, Session, ToolCall, Turn
+from tests import databases
 
 CALLER = Caller(FIRST_ACCOUNT, "tests")
 OPERATOR = Caller(FIRST_ACCOUNT, "olga", channel="admin", is_operator=True)
@@ -43,6 +45,21 @@ def make_turn(session: Session, content: str = "hello") -> Turn:
     """A queued turn, as a user message opens it."""
     accepted = acceptance.user_message(UserMessage(session.pk, content), CALLER)
     return Turn.objects.get(pk=accepted.origin)
+
+
+def block_audit_entries() -> None:
+    """From now on no audit entry can be stored."""
+    _execute(databases.refusal("events_app_auditentry")[0])
+
+
+def let_audit_entries() -> None:
+    _execute(databases.refusal("events_app_auditentry")[1])
+
+
+def _execute(statements: list[str]) -> None:
+    with connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
 
 
 def make_answered_turn(session: Session, content: str, answer: str | None) -> Turn:

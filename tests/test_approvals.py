@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from django.apps import apps
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, transaction
 from django.db.models.functions import Now
 from rest_framework.test import APIRequestFactory, force_authenticate
 from rest_framework.views import APIView
@@ -63,9 +63,11 @@ from tests.factories import (
     FITTING,
     OPERATOR,
     act,
+    block_audit_entries,
     claim,
     complete,
     fail,
+    let_audit_entries,
     let_lease_run_out,
     make_calls,
     make_session,
@@ -378,13 +380,6 @@ def test_without_feedback_nobody_is_told_any(choice: Choice) -> None:
     assert AuditEntry.objects.get().reason == ""
 
 
-def block_audit_entries() -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "CREATE TRIGGER no_audit BEFORE INSERT ON events_app_auditentry BEGIN SELECT RAISE(ABORT, 'disk full'); END"
-        )
-
-
 # Every way in which a request ends.
 WAYS: dict[str, Callable[[ToolCall], Any]] = {
     "approve": lambda call: decide(call, APPROVE),
@@ -409,8 +404,7 @@ def test_what_cannot_be_audited_does_not_happen(way: str) -> None:
         WAYS[way](call)
 
     assert everything() == before
-    with connection.cursor() as cursor:
-        cursor.execute("DROP TRIGGER no_audit")
+    let_audit_entries()
     WAYS[way](call)
     assert Decision.objects.count() == AuditEntry.objects.filter(action__startswith="approval.").count() == 1
 
@@ -434,7 +428,7 @@ def test_a_decision_that_cannot_be_audited_is_answered_with_503_and_nothing_of_t
         decide(call, APPROVE)
 
     assert (failed.value.status, failed.value.code) == (503, "audit_unavailable")
-    assert "disk full" not in str(failed.value.detail)
+    assert "not now" not in str(failed.value.detail)
 
 
 @each_choice
@@ -1685,7 +1679,7 @@ def make_scripted_facts() -> None:
     decide(writes[0], APPROVE)
     acceptance.tool_result(ToolResult("a", writes[0].pk, "done"), CALLER)
     decide(writes[1], EDIT)
-    acceptance.tool_result(ToolResult("a", writes[1].pk, error="disk full"), CALLER)
+    acceptance.tool_result(ToolResult("a", writes[1].pk, error="not now"), CALLER)
     decide(writes[2], Choice(Verdict.REJECT, feedback="no"))
     acceptance.tool_result(ToolResult("a", writes[3].pk, "text"), CALLER)
     running = run(Turn.objects.get(session="a"))
@@ -1810,7 +1804,7 @@ def test_the_log_tells_what_was_asked_decided_and_failed() -> None:
         ("execute_command", "tool_not_allowed"),
         ("write_file", "error"),
     ]
-    assert "disk full" in failed[1]["error_message"]
+    assert "not now" in failed[1]["error_message"]
     (switched,) = audit_log("a", "agent_switched")
     assert (switched["from_agent"], switched["to_agent"], switched["confidence"]) == ("architect", "debug", "medium")
     (error,) = audit_log("b", "agent_error")
@@ -1886,7 +1880,7 @@ def test_the_failure_of_an_edited_call_is_recorded_in_the_words_of_its_client() 
     call = make_waiting_call(make_session())
     decide(call, EDIT)
 
-    acceptance.tool_result(ToolResult("s", call.pk, error="disk full"), CALLER)
+    acceptance.tool_result(ToolResult("s", call.pk, error="not now"), CALLER)
 
-    assert facts("tool.execution.failed")[-1]["error_message"] == "disk full"
-    assert json.loads(tool_messages()[0]["content"])["result"] == "Error: disk full"
+    assert facts("tool.execution.failed")[-1]["error_message"] == "not now"
+    assert json.loads(tool_messages()[0]["content"])["result"] == "Error: not now"

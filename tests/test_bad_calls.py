@@ -184,7 +184,7 @@ def tool_messages(server: Server, waiting: Waiting) -> list[str]:
 
 def audited(server: Server, waiting: Waiting) -> list[tuple[Any, ...]]:
     """Who did what to a call, how it came out, with which code."""
-    entries = "SELECT actor, action, outcome, json_extract(details, '$.code') FROM events_app_auditentry"
+    entries = "SELECT actor, action, outcome, details ->> 'code' FROM events_app_auditentry"
     return query(
         server, f"{entries} WHERE target = ? AND session_id = ? ORDER BY id", waiting.call_id, waiting.session_id
     )
@@ -739,9 +739,8 @@ NO_LONGER: dict[str, tuple[str, list[str], str]] = {
         "The agent that asked for this is gone.",
     ),
     "a stricter schema": (
-        "UPDATE agents_app_tool SET parameters = json_set(parameters, '$.required[#]', 'encoding')"
-        " WHERE name = 'write_file'",
-        [],
+        "UPDATE agents_app_tool SET parameters = ? WHERE name = 'write_file'",
+        ['{"type": "object", "required": ["encoding"]}'],
         "'encoding' is a required property",
     ),
     "a stricter path": (

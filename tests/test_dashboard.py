@@ -221,6 +221,7 @@ def test_the_start_page_takes_the_same_queries_however_much_there_is(superuser: 
     assert taken() == before <= 14
 
 
+@pytest.mark.sqlite
 def test_every_figure_is_found_over_an_index(superuser: Client) -> None:
     """The plans for the tables that grow; SQLite would otherwise read all of each."""
     decide("a", Verdict.REJECT)

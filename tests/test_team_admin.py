@@ -23,7 +23,18 @@ from events_app.models import AuditEntry
 from messages_app import steps
 from sessions_app.models import Session, ToolCall, Turn
 from tests.browsing import Form
-from tests.factories import CALLER, act, claim, make_calls, make_session, make_turn, make_waiting_call, run, wanted
+from tests.factories import (
+    CALLER,
+    act,
+    block_audit_entries,
+    claim,
+    make_calls,
+    make_session,
+    make_turn,
+    make_waiting_call,
+    run,
+    wanted,
+)
 from tests.pages import INJECTIONS, PASSWORD, RAW, TRICKS, Page, logged_in, staff
 from tests.scripted_llm import Gate, ScriptedLLM, call, gated, say
 from tests.server import Server, eventually
@@ -156,10 +167,7 @@ def test_what_is_added_and_deleted_is_written_down_whole(superuser: Client) -> N
 
 def test_a_change_that_cannot_be_written_down_is_not_made(superuser: Client) -> None:
     agent, tool, rule = make_agent(), make_tool(), ApprovalRule.objects.create(tool="deploy", outcome="allow")
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "CREATE TRIGGER no_audit BEFORE INSERT ON events_app_auditentry BEGIN SELECT RAISE(ABORT, 'disk full'); END"
-        )
+    block_audit_entries()
     before = everything()
 
     answers = [

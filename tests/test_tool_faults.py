@@ -684,12 +684,13 @@ def rules(server: Server) -> Iterator[Rules]:
             change(
                 server,
                 "INSERT INTO agents_app_approvalrule"
-                " (position, tool, agent, outcome, reason, self_approval, is_active) VALUES (?, ?, ?, ?, ?, 1, ?)",
+                " (position, tool, agent, outcome, reason, self_approval, is_active) VALUES (?, ?, ?, ?, ?, true, ?)",
                 *(position + number, tool, agent[0] if agent else "", outcome, f"{outcome}: {tool}", is_active),
             )
 
     ((highest,),) = rows(server, "SELECT max(id) FROM agents_app_approvalrule")
     yield add
+    change(server, "UPDATE agents_app_approvalrequest SET rule_id = NULL WHERE rule_id > ?", highest)
     change(server, "DELETE FROM agents_app_approvalrule WHERE id > ?", highest)
 
 

@@ -1,10 +1,15 @@
 """Until keys have owners, every row belongs to one account."""
 
+from django.core.management.color import no_style
 from django.db import migrations
 
 
 def seed(apps, schema_editor):
-    apps.get_model("sessions_app", "Account").objects.get_or_create(pk=1, defaults={"name": "default"})
+    account = apps.get_model("sessions_app", "Account")
+    account.objects.get_or_create(pk=1, defaults={"name": "default"})
+    # PostgreSQL counts on its own, and would give the next one this number too.
+    for statement in schema_editor.connection.ops.sequence_reset_sql(no_style(), [account]):
+        schema_editor.execute(statement)
 
 
 class Migration(migrations.Migration):

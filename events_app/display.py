@@ -10,7 +10,6 @@ import unicodedata
 from datetime import datetime
 from typing import Any
 
-from django.contrib.admin.utils import quote
 from django.template.loader import render_to_string
 from django.urls import reverse
 from django.utils.html import format_html
@@ -95,9 +94,17 @@ def badge(text: str, colour: str = "default") -> SafeString:
     return render_to_string("unfold/helpers/label.html", {"text": visible(text), "type": colour})
 
 
+def _quoted(pk: Any) -> Any:
+    """A key as the addresses of the admin write it."""
+    # Imported late: the terminal client needs this module, and the admin would be a third of its start.
+    from django.contrib.admin.utils import quote
+
+    return quote(pk)
+
+
 def link(view: str, pk: Any, text: str, *, query: dict[str, str] | None = None) -> SafeString:
     """A link to a page of the admin, named as in `sessions_app_session_change`."""
-    address = reverse(f"admin:{view}", args=[quote(pk)], query=query)
+    address = reverse(f"admin:{view}", args=[_quoted(pk)], query=query)
     return format_html('<a class="text-link" href="{}">{}</a>', address, text)
 
 
@@ -107,7 +114,7 @@ class Shown:
     def __init__(self, record: Any) -> None:
         self._record = record
         # The heading's link is built from `pk` as it stands, and an id with an underscore has to be quoted there.
-        self.pk = quote(record.pk)
+        self.pk = _quoted(record.pk)
 
     def __str__(self) -> str:
         return clipped(str(self._record))

@@ -43,8 +43,11 @@ MOST_COUNTED = 100
 
 def sidebar(request: HttpRequest) -> list[dict[str, Any]]:
     """The pages that whoever asks may open."""
+    # A transcript is the page of a message by its address, of a session by its meaning.
+    transcript = reverse("admin:messages_app_message_transcript", args=["-"]).removesuffix("-/")
+    here = reverse("admin:sessions_app_session_changelist") if request.path.startswith(transcript) else request.path
     groups = [
-        {"title": title, "items": [_item(request, *page) for page in pages if may_open(request, *page[2:])]}
+        {"title": title, "items": [_item(here, *page) for page in pages if may_open(request, *page[2:])]}
         for title, pages in PAGES.items()
     ]
     return [group for group in groups if group["items"]]
@@ -55,13 +58,17 @@ def may_open(request: HttpRequest, app: str, model: str) -> bool:
     return admin.site.is_registered(apps.get_model(app, model)) and request.user.has_perm(f"{app}.view_{model}")
 
 
-def _item(request: HttpRequest, name: str, icon: str, app: str, model: str) -> dict[str, Any]:
+def _item(here: str, name: str, icon: str, app: str, model: str) -> dict[str, Any]:
     link = reverse(f"admin:{app}_{model}_changelist")
-    # A transcript is the page of a message by its address, of a session by its meaning.
-    transcript = reverse("admin:messages_app_message_transcript", args=["-"]).removesuffix("-/")
-    shown = name == "Sessions" if request.path.startswith(transcript) else request.path.startswith(link)
     badge = _waiting() if model == "pendingapproval" else ""
-    return {"title": name, "icon": icon, "link": link, "active": shown, "badge": badge, "badge_variant": "warning"}
+    return {
+        "title": name,
+        "icon": icon,
+        "link": link,
+        "active": here.startswith(link),
+        "badge": badge,
+        "badge_variant": "warning",
+    }
 
 
 def _waiting() -> str:

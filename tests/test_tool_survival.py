@@ -637,10 +637,10 @@ def test_calls_of_an_answer_that_the_user_did_not_wait_for_are_superseded_at_onc
 
 
 @pytest.fixture(scope="module")
-def crowd(mortal: Server) -> Iterator[httpx.Client]:
+def crowd(mortal_server: Server) -> Iterator[httpx.Client]:
     """A client that many threads share, with a connection for each."""
     limits = httpx.Limits(max_connections=120, max_keepalive_connections=120)
-    with httpx.Client(base_url=mortal.url, headers=AUTH, timeout=PATIENCE, limits=limits) as http:
+    with httpx.Client(base_url=mortal_server.url, headers=AUTH, timeout=PATIENCE, limits=limits) as http:
         yield http
 
 

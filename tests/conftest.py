@@ -9,6 +9,7 @@ import pytest
 from django.test import Client
 from playwright.sync_api import Browser, sync_playwright
 
+from orchestrator_site.local_services import Redis
 from tests import databases
 from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import ScriptedLLM
@@ -39,6 +40,25 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         outcome = fresh.manage(*command)
         assert outcome.returncode == 0, outcome.stderr
     return fresh.database
+
+
+@pytest.fixture(scope="session")
+def scaled_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for web processes with workers, which need tables of their own."""
+    fresh = Server(tmp_path_factory.mktemp("scaled"), TURN_RUNNER="procrastinate")
+    databases.create(fresh.database)
+    fresh.http.close()
+    outcome = fresh.manage("migrate", "-v0")
+    assert outcome.returncode == 0, outcome.stderr
+    return fresh.database
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    started = Redis(tmp_path_factory.mktemp("redis"))
+    started.start()
+    yield started
+    started.stop()
 
 
 @pytest.fixture(scope="module")

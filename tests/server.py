@@ -106,6 +106,7 @@ class Server:
     def start(self) -> None:
         commands = {
             "uvicorn": ["orchestrator_site.serve"],  # what `make run` starts
+            "web": ["orchestrator_site.web"],
             "daphne": ["daphne", "-b", "127.0.0.1", "-p", str(self.port), "orchestrator_site.asgi:application"],
         }
         with self.log.open("ab") as log:

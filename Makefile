@@ -24,6 +24,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/decisions.py
 	$(BIN)/python benchmarks/operators.py
+	$(BIN)/python benchmarks/recovery.py
 
 screenshots: $(VENV)/installed-dev
 	$(BIN)/python docs/take_screenshots.py

@@ -15,6 +15,7 @@ from agents_app.tools import Toolbox
 
 # A turn that waits for a person may be of any age; those that run are of the last few versions.
 VERSIONS_KEPT = 8
+Rows = dict[str, list[Any]]
 
 
 class UnknownToTeam(ModelError):
@@ -32,20 +33,20 @@ class Team:
 
     @classmethod
     def now(cls) -> "Team":
-        return cls._of(Agent.objects.all(), Tool.objects.all(), ApprovalRule.objects.all())
+        return cls._of(_rows())
 
     @classmethod
     def of(cls, content: str) -> "Team":
         """The team of a stored version."""
-        rows = json.loads(content)
-        return cls._of(
+        return cls._of(json.loads(content))
+
+    @classmethod
+    def _of(cls, rows: Rows) -> "Team":
+        agents, tools, rules = (
             [Agent(**row) for row in rows["agents"]],
             [Tool(**row) for row in rows["tools"]],
             [ApprovalRule(**row) for row in rows["rules"]],
         )
-
-    @classmethod
-    def _of(cls, agents: Any, tools: Any, rules: Any) -> "Team":
         return cls(
             {agent.name: agent for agent in agents},
             {tool.name: tool for tool in tools},
@@ -63,22 +64,33 @@ class Team:
 
 def pin() -> int:
     """The version of the team as it is now, stored unless it was there before."""
-    content = json.dumps(
-        {
-            "agents": list(Agent.objects.values()),
-            "tools": list(Tool.objects.values()),
-            "rules": list(ApprovalRule.objects.values()),
-        },
-        sort_keys=True,
-        ensure_ascii=False,
-        separators=(",", ":"),
-    )
+    content = json.dumps(_rows(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
     # The number is of the content too, so that no process can remember another version under it.
     version, _ = TeamVersion.objects.get_or_create(
         digest=digest, defaults={"id": int(digest[:15], 16), "content": content}
     )
     return version.pk
+
+
+def _rows() -> Rows:
+    """Everything that makes the team, as it was at one moment.
+
+    PostgreSQL lets others commit between two queries, and an agent of before with rules of after is a team that never
+    was: so what is read counts when a second reading finds the same.
+    """
+    read = _read()
+    while (again := _read()) != read:
+        read = again
+    return read
+
+
+def _read() -> Rows:
+    return {
+        "agents": list(Agent.objects.values()),
+        "tools": list(Tool.objects.values()),
+        "rules": list(ApprovalRule.objects.values()),
+    }
 
 
 def toolbox_of(version: int, agent: str) -> Toolbox:

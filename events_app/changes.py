@@ -7,12 +7,13 @@ of whoever looks. So a message that is lost or doubled does no harm. django-even
 import asyncio
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from django.contrib.auth import get_user_model
 from django.core.exceptions import PermissionDenied
-from django.db.models import Max
+from django.db.models import Max, Q
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest
 from django.http.response import HttpResponseBase
 from django.views.decorators.http import require_safe
@@ -37,6 +38,8 @@ MAX_CHANNELS = 2
 LOOK_SECONDS = 0.25
 RECHECK_SECONDS = 3
 PAGE = 1_000
+# No transaction that stores facts takes as long.
+LATE_SECONDS = 10
 
 
 def kind_of(channel: str) -> str | None:
@@ -120,11 +123,11 @@ class Watch:
             task.get_loop().call_soon_threadsafe(_end_all)
 
     async def _run(self) -> None:
-        newest: int | None = None
+        facts = NewFacts()
         looks = 0
         while True:
             try:
-                newest = await self._look(newest)
+                await self._look(facts)
                 looks += 1
                 if looks % round(RECHECK_SECONDS / LOOK_SECONDS) == 0:
                     await self._send_away()
@@ -135,13 +138,9 @@ class Watch:
             if not _listeners():
                 return
 
-    async def _look(self, newest: int | None) -> int:
-        """Say what has changed since the fact with this number, and return the newest."""
-        # Whoever listens reads once more when its stream opens, so the first look need not tell of anything.
-        last, channels = await read(_since, newest)
-        for channel in channels & set(_listeners()):
+    async def _look(self, facts: "NewFacts") -> None:
+        for channel in await read(facts.channels) & set(_listeners()):
             send_event(channel, "changed", {})
-        return last
 
     async def _send_away(self) -> None:
         """End the streams of those who may not listen any more: who was disabled, or lost a right."""
@@ -163,18 +162,41 @@ def _end_all() -> None:
             get_listener_manager().kick(listener.user_id, channel)
 
 
-def _since(newest: int | None) -> tuple[int, set[str]]:
-    last = Event.objects.aggregate(last=Max("id"))["last"] or 0
-    if newest is None or last <= newest:
-        return last, set()
-    # After a long pause, or under a heavy load, the latest are enough: every page hears of its session again soon.
-    facts = Event.objects.filter(id__gt=max(newest, last - PAGE)).values_list("session_id", "event_type")
-    channels = {APPROVALS} if last - newest > PAGE else set()
-    for session_id, event_type in facts:
-        channels.add(f"{SESSION}{session_id}")
-        if event_type in OF_APPROVALS:
-            channels.add(APPROVALS)
-    return last, channels
+class NewFacts:
+    """Reads the facts that became visible since it last looked.
+
+    Of two transactions the one that took the higher number may commit first, so numbers that are missing are asked for
+    again for a while; most of them are of transactions that were rolled back.
+    """
+
+    def __init__(self) -> None:
+        self._newest: int | None = None
+        self._missing: dict[int, float] = {}
+
+    def channels(self) -> set[str]:
+        """Who has to be told. Whoever listens reads when its stream opens, so the first look tells of nothing."""
+        last = Event.objects.aggregate(last=Max("id"))["last"] or 0
+        if self._newest is None or (last <= self._newest and not self._missing):
+            self._newest = last
+            return set()
+        # After a long pause, or under a heavy load, the latest are enough: every page hears of its session again soon.
+        start = max(self._newest, last - PAGE)
+        channels = {APPROVALS} if start > self._newest else set()
+        found = set()
+        facts = Event.objects.filter(Q(id__gt=start) | Q(id__in=self._missing))
+        for number, session_id, event_type in facts.values_list("id", "session_id", "event_type"):
+            found.add(number)
+            channels.add(f"{SESSION}{session_id}")
+            if event_type in OF_APPROVALS:
+                channels.add(APPROVALS)
+        self._remember(range(start + 1, last + 1), found)
+        self._newest = max(last, self._newest)
+        return channels
+
+    def _remember(self, asked_for: range, found: set[int]) -> None:
+        now = time.monotonic()
+        missing = {number: self._missing.get(number, now) for number in {*self._missing, *asked_for} - found}
+        self._missing = {number: since for number, since in missing.items() if now - since < LATE_SECONDS}
 
 
 def _refused(listening: set[tuple[Any, str]]) -> set[tuple[Any, str]]:

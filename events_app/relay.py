@@ -79,9 +79,9 @@ class Relay:
 
     @property
     def state(self) -> str:
-        """`ok`, `away`, or `none` where this process is to be the only one that has followers."""
+        """`ok`, `away`, or `memory` where frames do not leave the process."""
         if not settings.REDIS_URL:
-            return "none"
+            return "memory"
         return "away" if self._is_away else "ok"
 
     # --- what this process says ---

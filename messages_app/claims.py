@@ -9,17 +9,15 @@ from itertools import count
 
 from django.db import InterfaceError, OperationalError, transaction
 from django.db.models import QuerySet
-from django.db.models.functions import Now
 
 from agents_app import team
 from events_app import log
 from events_app.chunks import ErrorShown, Restarted, TurnFinished, TurnStarted, encode
-from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.models import Event, StreamBatch
 from messages_app.turn_stream import BLOCK
 from sessions_app import lifecycle
-from sessions_app.models import Claim, Session, Turn, lease_end
+from sessions_app.models import RUNNER_LOST, Claim, Session, Turn, lease_end
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +25,7 @@ CLAIMS_AT_ONCE = 100
 # Of so many suspect turns one runs at a time.
 SUSPECTS_TO_ONE = 20
 SERVER_FAULT = ErrorShown("Something went wrong on the server.", "internal_error")
-RUNNER_LOST = ErrorShown(
-    "The server failed each time it worked on this message, so it is not tried again.", "runner_lost"
-)
+RUNNERS_LOST = ErrorShown("The server failed each time it worked on this message. It is not tried again.", RUNNER_LOST)
 Candidate = tuple[uuid.UUID, str]
 Begun = tuple[Claim, list[Frame]]
 
@@ -62,7 +58,7 @@ def _claim_suspects(owner: str, limit: int) -> list[Begun]:
     groups, lest they wait for hours; a death leaves the group that it hit, which is small enough the next time.
     """
     for candidate in Turn.objects.claimable().condemned().values_list("pk", "session_id"):
-        _park(*candidate, RUNNER_LOST, among=Turn.objects.claimable().condemned())
+        _park(*candidate, RUNNERS_LOST, among=Turn.objects.claimable().condemned())
     suspects = list(Turn.objects.claimable().suspect().values_list("losses", "pk", "session_id"))  # type: ignore[misc]
     if not suspects:
         return []
@@ -119,16 +115,16 @@ def _park(turn_id: uuid.UUID, session_id: str, why: ErrorShown, *, among: QueryS
     )
     lifecycle.emit(session, why, TurnFinished(origin, Turn.Status.FAILED, why.code, turn.usage), origin=origin)
     lifecycle.wake_runner(session_id)  # for what is queued behind it
-    transaction.on_commit(feed.wake_runner)
     logger.error("turn_parked", extra={"turn_id": origin, "session_id": session_id, "code": why.code})
 
 
 @transaction.atomic
 def _claim_together(owner: str, candidates: Sequence[Candidate], *, singled_out: bool) -> list[Begun]:
     """The same few statements for any number of turns: with one for each, a thousand took seconds."""
-    # Whoever has a session locked is about to change its turns: they are looked at the next time.
+    # Whoever has a session locked is about to change its turns: they are looked at the next time. One alone is waited
+    # for, by a worker whose job names it.
     wanted = Session.objects.filter(pk__in=[session_id for _, session_id in candidates])
-    sessions = {session.pk: session for session in wanted.locked(or_skipped=True).order_by("pk")}
+    sessions = {session.pk: session for session in wanted.locked(or_skipped=len(candidates) > 1).order_by("pk")}
     # Locked in one order, as the renewal and the group commit do it.
     rows = (
         Turn.objects.claimable()
@@ -221,13 +217,8 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
         short = [part.claim.session_id for part in parts if part.wants_numbers]
         sessions = Session.objects.locked().order_by("pk").in_bulk(short) if short else {}
         # Locked, so that nobody takes a turn over between this look and the commit.
-        held = set(
-            Turn.objects.select_for_update()
-            .held_by(owner)
-            .filter(lease_until__gt=Now(), pk__in=[part.claim.turn_id for part in parts])
-            .order_by("pk")
-            .values_list("pk", "attempt")
-        )
+        turns = Turn.objects.lock_live([part.claim.turn_id for part in parts], owner)
+        held = set(turns.values_list("pk", "attempt"))
         batches = []
         logged: dict[uuid.UUID, tuple[int, int] | None] = {}
         for part in parts:
@@ -249,10 +240,7 @@ def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID]) -> None:
     Only those it names: one that it has given up on is still its own by name, and has to reach the end of its lease.
     """
     with transaction.atomic():
-        # Locked in one order, as the group commit does it.
-        held = Turn.objects.held_by(owner).filter(pk__in=turn_ids).select_for_update()
-        kept = held.filter(lease_until__gt=Now()).order_by("pk").values_list("pk", flat=True)
-        Turn.objects.filter(pk__in=list(kept)).update(lease_until=lease_end())
+        Turn.objects.lock_live(turn_ids, owner).update(lease_until=lease_end())
 
 
 def release(claim: Claim) -> None:

@@ -19,7 +19,7 @@ from sessions_app.models import Session, Turn, TurnMoved
 def delete(caller: Caller, session_id: str) -> None:
     """Take the session out of everybody's sight; its turns are cancelled, its id stays taken, its facts stay."""
     session = lifecycle.locked_for(caller, session_id)
-    for turn in session.turns.unfinished().order_by("position"):
+    for turn in session.turns.select_for_update().unfinished().order_by("position"):
         _cancel(session, turn, caller)
     Session.objects.filter(pk=session.pk).update(deleted_at=Now(), is_active=False)
     log.record(lifecycle.fact(session, "session.deleted", deleted_by=caller.name))
@@ -34,7 +34,7 @@ def cancel(caller: Caller, session_id: str) -> uuid.UUID | None:
     TurnMoved when it was neither held nor free, which the session's lock should not allow.
     """
     session = lifecycle.locked_for(caller, session_id)
-    turn = session.turns.unfinished().order_by("position").first()
+    turn = session.turns.select_for_update().unfinished().order_by("position").first()
     if turn is None:
         return None
     _cancel(session, turn, caller)

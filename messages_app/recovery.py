@@ -14,15 +14,12 @@ from sessions_app.models import Turn
 
 logger = logging.getLogger(__name__)
 
-# Workers say every few seconds that they live.
-HEARTBEAT_SECONDS = 3.0
-DEAD_AFTER_SECONDS = 15.0
 SESSIONS_AT_ONCE = 1_000
 
 
 async def recover(manager: JobManager) -> None:
     """End the jobs of dead workers, then have every turn run that may and that no waiting job names."""
-    for job in await manager.get_stalled_jobs(seconds_since_heartbeat=DEAD_AFTER_SECONDS):
+    for job in await manager.get_stalled_jobs(seconds_since_heartbeat=jobs.DEAD_AFTER_SECONDS):
         logger.warning("job_of_dead_worker", extra={"job_id": job.id, "session_id": job.task_kwargs.get("session_id")})
         await manager.finish_job(job, status=Status.FAILED, delete_job=True)
     while await hop(_requeue) == SESSIONS_AT_ONCE:

@@ -54,6 +54,10 @@ class Runner:
             asyncio.create_task(every(WISH_SECONDS, self._look)),
         ]
 
+    @property
+    def is_alive(self) -> bool:
+        return bool(self._clocks) and not any(clock.done() for clock in self._clocks)
+
     def begin_stopping(self) -> None:
         """Take no turn any more, and interrupt those that run: each is handed over by whoever runs it."""
         self.is_stopping = True

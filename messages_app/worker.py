@@ -11,9 +11,9 @@ from procrastinate import App
 from events_app.database import close_threads
 from events_app.feed import feed
 from events_app.relay import Relay
-from messages_app.recovery import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS
 from messages_app.runner import Runner
 from sessions_app import lifecycle
+from sessions_app.jobs import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS
 
 logger = logging.getLogger(__name__)
 

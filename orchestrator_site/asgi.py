@@ -15,13 +15,14 @@ django_application = get_asgi_application()
 from django.conf import settings  # noqa: E402 (needs the apps)
 
 from events_app.clock import every  # noqa: E402
-from events_app.database import close_threads  # noqa: E402
+from events_app.database import close_threads, read  # noqa: E402
 from events_app.feed import feed  # noqa: E402
 from events_app.relay import Relay  # noqa: E402
 from messages_app.runner import EmbeddedRunner  # noqa: E402
 from orchestrator_site.guard import App, Guard, Receive, Send  # noqa: E402
+from orchestrator_site.readiness import MISSING, OK, Probe, readiness  # noqa: E402
 from orchestrator_site.sockets import sockets  # noqa: E402
-from sessions_app import lifecycle  # noqa: E402
+from sessions_app import jobs, lifecycle  # noqa: E402
 
 
 class Beside:
@@ -80,14 +81,25 @@ class Application:
             close_threads()
         await send({"type": "lifespan.shutdown.complete"})
 
+    async def runner_state(self) -> str:
+        if self.beside is None:
+            return MISSING
+        runner = self.beside.runner
+        is_there = runner.is_alive if runner is not None else await read(jobs.has_worker)
+        return OK if is_there else MISSING
+
+    async def layer_state(self) -> str:
+        return self.beside.relay.state if self.beside is not None else MISSING
+
     def _ensure_started(self) -> None:
         if self.beside is None:
             self.beside = Beside()
             self.beside.start()
             # What start-up made lives as long as the process. Left to the collector, each full collection walked all of
-            # it and stopped every stream for 57 to 76 ms.
-            gc.collect()
+            # it and stopped every stream for 57 to 76 ms. The few thousand objects of it that are garbage may stay too.
             gc.freeze()
+            gc.enable()  # `serve` starts without it
 
 
 application = Application(Guard(ProtocolTypeRouter({"http": django_application, "websocket": sockets})))
+readiness.probes |= {"runner": Probe(application.runner_state), "layer": Probe(application.layer_state)}

@@ -18,7 +18,7 @@ from agents_app.models import ApprovalRequest, Decision
 from events_app.display import visible
 from events_app.models import ModelCall
 from orchestrator_site.navigation import may_open
-from sessions_app.models import Session, Turn
+from sessions_app.models import RUNNER_LOST, Session, Turn
 
 DAYS = 14
 LATEST = 8
@@ -90,7 +90,7 @@ def _figures(request: HttpRequest, now: datetime) -> list[Figure]:
     if may_open(request, "agents_app", "pendingapproval"):
         figures.append(_waiting(now))
     if may_open(request, "sessions_app", "turn"):
-        figures += _unfinished()
+        figures += [*_unfinished(), _parked(now)]
     if may_open(request, "sessions_app", "session"):
         since = now - timedelta(hours=1)
         active = _counted(Session.objects.filter(last_activity__gte=since))
@@ -119,6 +119,14 @@ def _unfinished() -> list[Figure]:
         )
         for status in Turn.UNFINISHED
     ]
+
+
+def _parked(now: datetime) -> Figure:
+    since = now - timedelta(days=1)
+    number = Turn.objects.filter(status=Turn.Status.FAILED, code=RUNNER_LOST, finished_at__gte=since).count()
+    page = _list("sessions_app_turn", status=Turn.Status.FAILED, code__exact=RUNNER_LOST, finished_at=since)
+    note = "the server died with them; last 24 hours" if number else "none in the last 24 hours"
+    return Figure("Turns parked", f"{number:,}", note, page, alarm=number > 0)
 
 
 def _failures(request: HttpRequest, now: datetime) -> list[dict[str, Any]]:

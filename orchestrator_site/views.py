@@ -4,14 +4,16 @@ import sys
 from typing import Any
 
 from django.conf import settings
-from django.http import HttpRequest
+from django.http import HttpRequest, JsonResponse
 from django.http.response import HttpResponseBase
 from django.views import defaults
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from orchestrator_site.errors import BadRequest, NotFound
+from events_app.stream import release_thread
+from orchestrator_site.errors import RETRY_AFTER, BadRequest, NotFound
+from orchestrator_site.http import allow
 from orchestrator_site.middleware import (
     OPEN_PREFIXES,
     answer,
@@ -20,6 +22,7 @@ from orchestrator_site.middleware import (
     is_unavailable,
     readable,
 )
+from orchestrator_site.readiness import UNAVAILABLE, readiness
 
 
 class HealthView(APIView):
@@ -30,6 +33,22 @@ class HealthView(APIView):
 
     def get(self, request: Request) -> Response:
         return Response({"status": "healthy", "service": "agent-runtime", "version": settings.VERSION})
+
+
+@allow("GET", "HEAD")
+async def healthz(request: HttpRequest) -> HttpResponseBase:
+    """GET /healthz: the process answers, whatever else is broken."""
+    return JsonResponse({"status": "alive"})
+
+
+@allow("GET", "HEAD")
+async def readyz(request: HttpRequest) -> HttpResponseBase:
+    """GET /readyz: whether it can serve, and what is missing."""
+    release_thread()  # it may wait for two seconds
+    seen = await readiness.look()
+    if seen["status"] == UNAVAILABLE:
+        return JsonResponse(seen, status=503, headers={"Retry-After": RETRY_AFTER})
+    return JsonResponse(seen)
 
 
 def bad_request(request: HttpRequest, exception: Exception) -> HttpResponseBase:

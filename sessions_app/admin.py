@@ -53,6 +53,10 @@ class TurnColumns:
     def code_shown(self, turn: Turn) -> str:
         return visible(turn.code) or EMPTY
 
+    @display(description="Runners lost", ordering="lost_count")
+    def losses_shown(self, turn: Turn) -> str:
+        return badge(str(turn.lost_count), "danger") if turn.lost_count else EMPTY
+
     @display(description="Requested agent")
     def requested(self, turn: Turn) -> str:
         return visible(turn.requested_agent) or EMPTY
@@ -221,7 +225,17 @@ class SessionAdmin(BrowseOnlyAdmin):
 
 @admin.register(Turn)
 class TurnAdmin(TurnColumns, BrowseOnlyAdmin):
-    list_display = ("accepted", "in_session", "position", "state", "code_shown", "handoff_number", "tokens", "took")
+    list_display = (
+        "accepted",
+        "in_session",
+        "position",
+        "state",
+        "code_shown",
+        "losses_shown",
+        "handoff_number",
+        "tokens",
+        "took",
+    )
     list_display_links = ("accepted", "position")
     list_filter = (
         ("session", Exactly),
@@ -240,7 +254,7 @@ class TurnAdmin(TurnColumns, BrowseOnlyAdmin):
         ),
         ("Times", {"fields": (("accepted", "started"), ("finished", "took"), "cancel_requested")}),
         ("Tokens", {"fields": (("prompt_tokens", "completion_tokens", "total_tokens"),)}),
-        ("Runner", {"fields": ("runner", "lease", "attempt", "settled_seq", "handoff_count")}),
+        ("Runner", {"fields": ("runner", "lease", ("attempt", "losses_shown"), "settled_seq", "handoff_count")}),
     )
 
     @display(description="Position")

@@ -1,7 +1,14 @@
 """Jobs for the workers of a scaled installation: which sessions have a turn to run."""
 
+from datetime import timedelta
+
+from django.db.models.functions import Now
+
 RUN_TURNS = "run_turns"
 QUEUE = "turns"
+# Workers say every few seconds that they live.
+HEARTBEAT_SECONDS = 3.0
+DEAD_AFTER_SECONDS = 15.0
 
 
 def run_turns(*session_ids: str) -> None:
@@ -18,3 +25,11 @@ def run_turns(*session_ids: str) -> None:
     deferrer = configure_task(name=RUN_TURNS, job_manager=manager, queue=QUEUE)
     each: list[dict[str, JSONValue]] = [{"session_id": session_id} for session_id in session_ids]
     deferrer.batch_defer(*each)
+
+
+def has_worker() -> bool:
+    """Whether any worker lives."""
+    from procrastinate.contrib.django.models import ProcrastinateWorker
+
+    since = Now() - timedelta(seconds=DEAD_AFTER_SECONDS)
+    return ProcrastinateWorker.objects.filter(last_heartbeat__gt=since).exists()  # type: ignore[misc]

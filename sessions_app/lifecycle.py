@@ -11,7 +11,7 @@ from typing import Any
 from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import OuterRef, Subquery
-from django.db.models.functions import Coalesce, Now
+from django.db.models.functions import Coalesce
 
 from events_app import log
 from events_app.chunks import Chunk, encode
@@ -83,7 +83,8 @@ def rejoining(session: Session) -> tuple[int, uuid.UUID | None]:
     One query without a lock: between two a runner might take a block of numbers, or give it back.
     """
     turns = Turn.objects.filter(session=OuterRef("pk"))
-    live = turns.filter(status=Turn.Status.RUNNING, lease_until__gt=Now()).values("settled_seq")[:1]
+    # Also of a runner whose lease has run out: without a lock nobody can tell whether it is being renewed.
+    live = turns.filter(status=Turn.Status.RUNNING).values("settled_seq")[:1]
     oldest = turns.unfinished().order_by("position").values("pk")[:1]
     found = Session.objects.annotate(settled=Subquery(live), open_turn=Subquery(oldest)).get(pk=session.pk)
     return found.next_seq - 1 if found.settled is None else found.settled, found.open_turn

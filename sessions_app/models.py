@@ -5,7 +5,7 @@ import secrets
 import string
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
@@ -37,6 +37,10 @@ class TurnMoved(Conflict):
 
 class CallMoved(Conflict):
     code = "call_moved"
+
+
+# The code of a turn that is parked because its runners died with it.
+RUNNER_LOST = "runner_lost"
 
 
 class LostClaim(Exception):
@@ -145,8 +149,12 @@ class Session(models.Model):
         Session.objects.filter(pk=self.pk, next_seq=end).update(next_seq=first)
 
     def live_turn(self) -> "Turn | None":
-        """The turn whose runner gives the stream's numbers at the moment, if there is one."""
-        return self.turns.filter(status=Turn.Status.RUNNING, lease_until__gt=Now()).first()
+        """The turn whose runner gives the stream's numbers, if there is one; the caller holds the row's lock.
+
+        It stays so to the end of the transaction: neither can the lease be renewed nor anything be written by it.
+        """
+        running = list(self.turns.filter(status=Turn.Status.RUNNING).values_list("pk", flat=True))
+        return Turn.objects.lock_live(running).first() if running else None
 
     def hand_over(self, to: str, *, reason: str, confidence: str | None, turn_id: uuid.UUID | None) -> "Handoff":
         """Pass the session to another agent; the caller holds the row's lock."""
@@ -238,6 +246,18 @@ class TurnQuerySet(QuerySet["Turn"]):
     def held_by(self, owner: str) -> Self:
         return self.filter(status=Turn.Status.RUNNING, owner=owner)
 
+    def lock_live(self, turn_ids: Iterable[uuid.UUID], owner: str | None = None) -> Self:
+        """Lock these turns, and find those of them that a runner (this one) holds, inside the caller's transaction.
+
+        Two queries: a lock may be waited for longer than a lease lasts, and the time of a query is that of its start.
+        """
+        locked = self.filter(pk__in=turn_ids, status=Turn.Status.RUNNING)
+        if owner is not None:
+            locked = locked.filter(owner=owner)
+        # In one order, whoever locks several.
+        locked_ids = list(locked.select_for_update().order_by("pk").values_list("pk", flat=True))
+        return self.filter(pk__in=locked_ids, status=Turn.Status.RUNNING, lease_until__gt=Now())
+
 
 class Turn(models.Model):
     """Everything from one user message to the end of the answer."""
@@ -267,7 +287,7 @@ class Turn(models.Model):
     is_singled_out = models.BooleanField(
         default=False,
         db_default=False,
-        help_text="No other suspect runs beside it: if its runner dies, it is to blame.",
+        help_text="No other suspect runs beside it: it is to blame if its runner dies.",
     )
     settled_seq = models.BigIntegerField(default=0, help_text="Text after this number is void if the runner dies.")
     handoff_count = models.PositiveIntegerField(default=0)

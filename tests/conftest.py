@@ -10,7 +10,7 @@ from django.test import Client
 from playwright.sync_api import Browser, sync_playwright
 
 from orchestrator_site.local_services import Redis
-from tests import databases
+from tests import databases, scaled
 from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import ScriptedLLM
 from tests.server import Server, running
@@ -43,22 +43,20 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scaled_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for web processes with workers, which need tables of their own."""
-    fresh = Server(tmp_path_factory.mktemp("scaled"), TURN_RUNNER="procrastinate")
-    databases.create(fresh.database)
-    fresh.http.close()
-    outcome = fresh.manage("migrate", "-v0")
-    assert outcome.returncode == 0, outcome.stderr
-    return fresh.database
+def scaled_template(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
+    """The same with the tables of a scaled installation; on PostgreSQL alone."""
+
+    place = tmp_path_factory.mktemp("scaled") / "test.sqlite3"
+    scaled.migrate(migrated, place)
+    return place
 
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    started = Redis(tmp_path_factory.mktemp("redis"))
-    started.start()
-    yield started
-    started.stop()
+    server = Redis(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +72,23 @@ def shared_server(
     """One real server process for the tests of a module that leave it as they found it."""
     with running(tmp_path_factory.mktemp("shared"), migrated, LLM_BASE_URL=shared_llm.url) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def mortal_server(
+    tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("mortal")
+    with running(folder, migrated, LLM_BASE_URL=shared_llm.url, TURN_LEASE_SECONDS="1") as started:
+        yield started
+
+
+@pytest.fixture
+def mortal(mortal_server: Server, played: ScriptedLLM) -> Iterator[Server]:
+    """A module's server that tests kill. A turn that it leaves behind is taken over after a second."""
+    yield mortal_server
+    if mortal_server.process is None or mortal_server.process.poll() is not None:
+        mortal_server.start()
 
 
 @pytest.fixture
@@ -93,6 +108,14 @@ def played(shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
 
 
 # --- People in Django's own client ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_static_files() -> None:
+    """Each client of Django's own loads the middleware anew, which would look for 220 files. Real servers have them."""
+    from django.conf import settings
+
+    settings.SERVESTATIC_USE_FINDERS = settings.SERVESTATIC_USE_STATIC_ROOT = False
 
 
 @pytest.fixture

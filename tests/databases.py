@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg.types.string import TextLoader
 
 from orchestrator_site.local_services import PostgreSQL, ServiceFailed, ServiceMissing
 
@@ -123,30 +124,64 @@ def locked(place: Path, table: str) -> Iterator[None]:
 
 
 @contextmanager
-def refusing(place: Path, table: str, condition: str) -> Iterator[None]:
-    """While new rows of a kind cannot be stored: what a full disk would do, or a broken one."""
+def refusing(place: Path, table: str, condition: str, *, as_fault: bool = False) -> Iterator[None]:
+    """While new rows of a kind cannot be stored: as on a full disk, or `as_fault`, by a constraint that we broke."""
     if ON_POSTGRESQL:
-        change(
-            place,
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
-            " $$BEGIN RAISE EXCEPTION 'full' USING ERRCODE = 'disk_full'; END$$",
-        )
-        change(
-            place,
+        state = "check_violation" if as_fault else "disk_full"
+        there = [
+            _raising("refuse", "trigger", state),
             f"CREATE TRIGGER refuse BEFORE INSERT ON {table} FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION refuse()",
-        )
+        ]
+        back = ["DROP FUNCTION refuse CASCADE"]
     else:
-        change(
-            place,
-            f"CREATE TRIGGER refuse BEFORE INSERT ON {table} WHEN {condition} BEGIN SELECT json('no json'); END",
-        )
-    yield
-    change(place, f"DROP TRIGGER refuse ON {table}" if ON_POSTGRESQL else "DROP TRIGGER refuse")
+        error = "RAISE(ABORT, 'refused')" if as_fault else "json('no json')"
+        there = [f"CREATE TRIGGER refuse BEFORE INSERT ON {table} WHEN {condition} BEGIN SELECT {error}; END"]
+        back = ["DROP TRIGGER refuse"]
+    with meanwhile(place, there, back):
+        yield
+
+
+@contextmanager
+def without(place: Path, *tables: str) -> Iterator[None]:
+    """While tables cannot be read or written, as if the disk below them had failed."""
+    there, back = [], []
+    for table in tables:
+        there.append(f"ALTER TABLE {table} RENAME TO away_{table}")
+        back.append(f"ALTER TABLE away_{table} RENAME TO {table}")
+        if ON_POSTGRESQL:
+            there.append(_raising(f"read_{table}", f"SETOF away_{table}", "io_error"))
+            there.append(f"CREATE VIEW {table} AS SELECT * FROM read_{table}()")  # noqa: S608
+            back.insert(-1, f"DROP FUNCTION read_{table} CASCADE")
+    with meanwhile(place, there, back):
+        yield
+
+
+@contextmanager
+def meanwhile(place: Path, there: Sequence[str], back: Sequence[str]) -> Iterator[None]:
+    """Change a server's database behind its back, for a while."""
+    _change_all(place, there)
+    try:
+        yield
+    finally:
+        _change_all(place, back)
+
+
+def _change_all(place: Path, statements: Sequence[str]) -> None:
+    with changing(place) as database:
+        for statement in statements:
+            database.execute(statement)
+
+
+def _raising(function: str, returned: str, state: str) -> str:
+    body = f"BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '{state}'; END"
+    return f"CREATE FUNCTION {function}() RETURNS {returned} LANGUAGE plpgsql AS $${body}$$"
 
 
 def _connect(place: Path, *, reads_only: bool = False) -> Any:
     if ON_POSTGRESQL:
-        return psycopg.connect(url_of(place))
+        connection = psycopg.connect(url_of(place))
+        connection.adapters.register_loader("jsonb", TextLoader)  # as text, as SQLite has it
+        return connection
     return sqlite3.connect(f"file:{place}?mode={'ro' if reads_only else 'rw'}", uri=True, timeout=10)
 
 

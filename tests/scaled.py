@@ -1,85 +1,28 @@
-"""A scaled installation for tests: web processes and workers on one database and one Redis, with a database that one
-can take away."""
+"""A scaled installation for tests: web processes and workers on one PostgreSQL database, with Redis or without."""
 
-import asyncio
-import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-from orchestrator_site.local_services import Redis
+import psycopg
+
 from tests import databases
+from tests.scripted_llm import ScriptedLLM
 from tests.server import ROOT, TIMEOUT, Server, eventually
 
-T = TypeVar("T")
-
-
-class Gateway:
-    """A way to a database that can be closed: who is connected is cut, who comes is refused."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        assert parts.hostname and parts.port
-        self._to = parts.hostname, parts.port
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._writers: set[asyncio.StreamWriter] = set()
-        self.port = 0
-        self.open()
-        self.url = parts._replace(netloc=f"{parts.username}@127.0.0.1:{self.port}").geturl()
-
-    def open(self) -> None:
-        self._server = self._run(asyncio.start_server(self._pass, "127.0.0.1", self.port))
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    def close(self) -> None:
-        async def close() -> None:
-            self._server.close()
-            for writer in self._writers:
-                writer.transport.abort()
-
-        self._run(close())
-
-    def end(self) -> None:
-        self.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(TIMEOUT)
-        self._loop.close()
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(TIMEOUT)
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection(*self._to)
-        both = {writer, far_writer}
-        self._writers |= both
-        with suppress(OSError):
-            await asyncio.gather(_copy(reader, far_writer), _copy(far_reader, writer))
-        self._writers -= both
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    finally:
-        writer.close()
+SCALED = {"TURN_RUNNER": "procrastinate", "TURN_LEASE_SECONDS": "2"}
 
 
 class Worker:
-    """A worker's process."""
+    """A worker process that can be killed, stopped and started again."""
 
-    def __init__(self, folder: Path, name: str, environment: dict[str, str]) -> None:
-        self.log = folder / f"{name}.log"
+    def __init__(self, folder: Path, environment: dict[str, str], name: str) -> None:
         self.environment = environment
+        self.log = folder / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -92,75 +35,111 @@ class Worker:
                 stderr=subprocess.STDOUT,
             )
 
-    def send(self, number: signal.Signals) -> None:
+    def kill(self) -> None:
+        """kill -9"""
         assert self.process is not None
-        self.process.send_signal(number)
+        self.process.kill()
+        self.process.wait(TIMEOUT)
 
-    def wait(self) -> int:
+    def tell(self) -> None:
+        """SIGTERM"""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        """SIGTERM, and how it ended."""
+        self.tell()
+        return self.end()
+
+    def end(self) -> int:
         assert self.process is not None
         return self.process.wait(TIMEOUT)
 
-    def stop(self) -> int:
-        self.send(signal.SIGTERM)
-        return self.wait()
-
 
 class Installation:
-    """Web processes and workers with the same settings."""
+    """Its first web process is `web`; every process has a log of its own."""
 
-    def __init__(self, folder: Path, redis: Redis, **settings: str) -> None:
+    def __init__(self, folder: Path, webs: int, workers: int, settings: dict[str, str]) -> None:
         self.folder = folder
-        self.database = folder / "test.sqlite3"
-        self.settings = {"TURN_RUNNER": "procrastinate", "REDIS_URL": redis.url, **settings}
-        self.webs: list[Server] = []
-        self.workers: list[Worker] = []
+        self.webs = [Server(folder, server="web", **{**SCALED, **settings}) for _ in range(webs)]
+        for number, server in enumerate(self.webs):
+            server.log = folder / f"web{number}.log"
+        self.web = self.webs[0]
+        self.database = self.web.database
+        self.workers = [Worker(folder, self.web.environment, f"worker{number}") for number in range(workers)]
 
-    def web(self, **settings: str) -> Server:
-        """One more web process."""
-        folder = self.folder / f"web-{len(self.webs)}"
-        folder.mkdir()
-        url = databases.url_of(self.database)
-        server = Server(folder, server="web", **{"DATABASE_URL": url, **self.settings, **settings})
-        server.database = self.database
-        self.webs.append(server)
-        server.start()
-        return server
+    def start(self) -> None:
+        for worker in self.workers:
+            worker.start()
+        for server in self.webs:
+            server.start()
+        self.wait_for_workers(len(self.workers))
 
-    def worker(self, **settings: str) -> Worker:
-        """One more worker, which has begun to work."""
-        before = self._newest_worker()
-        environment = {
-            "PATH": os.environ["PATH"],
-            "SECRET_KEY": "s" * 50,
-            "DATABASE_URL": databases.url_of(self.database),
-            "DEMO_WORD_DELAY": "0",
-            "LLM_RETRY_DELAY": "0.01",
-            **self.settings,
-            **settings,
-        }
-        worker = Worker(self.folder, f"worker-{len(self.workers)}", environment)
+    def add_worker(self, **settings: str) -> Worker:
+        """One more worker, perhaps with settings of its own, which fetches jobs already."""
+        newest = "SELECT coalesce(max(id), 0) FROM procrastinate_workers"
+        before = self.rows(newest)
+        worker = Worker(self.folder, {**self.web.environment, **settings}, f"worker{len(self.workers)}")
         self.workers.append(worker)
         worker.start()
-        eventually(lambda: self._newest_worker() > before)
+        eventually(lambda: self.rows(newest) != before)
         return worker
 
-    def _newest_worker(self) -> int:
-        ((number,),) = databases.rows(self.database, "SELECT coalesce(max(id), 0) FROM procrastinate_workers")
-        return int(number)
+    def wait_for_workers(self, number: int) -> None:
+        """Until so many workers fetch jobs. Workers that were killed do not count when others were started since."""
+        deadline = time.monotonic() + TIMEOUT
+        alive = "SELECT count(*) FROM procrastinate_workers WHERE last_heartbeat > now() - interval '10 seconds'"
+        while databases.rows(self.database, alive)[0][0] < number:
+            assert time.monotonic() < deadline, [worker.log.read_text() for worker in self.workers]
+            time.sleep(0.05)
+
+    def rows(self, query: str) -> list[tuple[object, ...]]:
+        return databases.rows(self.database, query)
+
+    @property
+    def processes(self) -> list[Server | Worker]:
+        return [*self.webs, *self.workers]
+
+    @property
+    def logs(self) -> str:
+        return "".join(each.log.read_text() for each in self.processes if each.log.exists())
+
+
+def migrate(template: Path, place: Path) -> None:
+    """A copy of the migrated database with the tables that a scaled installation needs beside."""
+    databases.copy(template, place)
+    fresh = Server(place.parent, **SCALED)
+    fresh.http.close()
+    outcome = fresh.manage("migrate", "-v0")
+    assert outcome.returncode == 0, outcome.stderr
 
 
 @contextmanager
-def installation(folder: Path, template: Path, redis: Redis, **settings: str) -> Iterator[Installation]:
-    """On a copy of a migrated database; everything is killed at the end."""
-    made = Installation(folder, redis, **settings)
-    databases.copy(template, made.database)
-    try:
-        yield made
-    finally:
-        for server in made.webs:
-            server.http.close()
-        for process in [*(web.process for web in made.webs), *(worker.process for worker in made.workers)]:
-            if process is not None and process.poll() is None:
-                process.kill()
-                process.wait(TIMEOUT)
-        databases.drop(made.database)
+def installed(
+    folder: Path, template: Path, llm: ScriptedLLM, *, webs: int = 1, workers: int = 1, **settings: str
+) -> Iterator[Installation]:
+    """A started installation on a copy of a migrated database; killed at the end."""
+    installation = Installation(folder, webs, workers, {"LLM_BASE_URL": llm.url, **settings})
+    databases.copy(template, installation.database)
+    with ExitStack() as end:
+        end.callback(databases.drop, installation.database)
+        end.callback(_end_all, installation)
+        installation.start()
+        yield installation
+
+
+def _end_all(installation: Installation) -> None:
+    for server in installation.webs:
+        server.http.close()
+    for each in installation.processes:
+        if each.process is not None and each.process.poll() is None:
+            each.kill()
+
+
+def connections(place: Path) -> int:
+    """How many connections there are to a database, without the one that asks."""
+    with psycopg.connect(databases.url_of(place)) as database:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        row = database.execute(query).fetchone()
+        assert row is not None
+        return int(row[0])

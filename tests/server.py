@@ -84,6 +84,8 @@ class Server:
             # Longer than a client's patience: a stream on which nothing happens fails its test instead of holding it.
             "STREAM_HEARTBEAT_SECONDS": str(2 * TIMEOUT),
             "LLM_RETRY_DELAY": "0.01",
+            # Nothing here speaks TLS, and a process that reads the machine's certificates takes 0.1 s longer to start.
+            "SSL_CERT_FILE": os.devnull,
             **settings,
         }
         self.process: subprocess.Popen[bytes] | None = None
@@ -91,6 +93,7 @@ class Server:
             base_url=f"http://127.0.0.1:{self.port}",
             headers=AUTH,
             timeout=TIMEOUT,
+            verify=False,  # noqa: S501 (see SSL_CERT_FILE)
             # The server closes what is idle for 5 s, perhaps in the moment in which it is used again.
             limits=httpx.Limits(keepalive_expiry=2),
         )
@@ -137,10 +140,18 @@ class Server:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(TIMEOUT)
 
-    def stop(self) -> int:
-        """SIGTERM, and how it ended."""
+    def tell(self) -> None:
+        """SIGTERM"""
         assert self.process is not None
         self.process.terminate()
+
+    def stop(self) -> int:
+        """SIGTERM, and how it ended."""
+        self.tell()
+        return self.end()
+
+    def end(self) -> int:
+        assert self.process is not None
         return self.process.wait(TIMEOUT)
 
     # --- what clients do ---

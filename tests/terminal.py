@@ -42,6 +42,7 @@ class Chat:
             "SECRET_KEY": "s" * 50,
             "INTERNAL_API_KEY": KEY,
             "DATABASE_URL": "sqlite:////nowhere/none.sqlite3",
+            "SSL_CERT_FILE": os.devnull,
             **(environment or {}),
         }
         command = [sys.executable, "manage.py", "chat", "--workspace", str(workspace), "--server", address, *options]

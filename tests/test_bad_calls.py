@@ -110,8 +110,9 @@ def add_tool(database: databases.Opened, name: str, schema: dict[str, Any], *, s
     """One more tool for the coder, for which a person is asked."""
     copy_row(database, "agents_app_tool", "name = 'write_file'", name=name, parameters=json.dumps(schema))
     copy_row(database, "agents_app_approvalrule", "tool = 'write_file'", tool=name, self_approval=self_approval)
-    allow = "UPDATE agents_app_agent SET allowed_tools = json_insert(allowed_tools, '$[#]', ?) WHERE name = 'coder'"
-    database.execute(allow, [name])
+    ((allowed,),) = database.execute("SELECT allowed_tools FROM agents_app_agent WHERE name = 'coder'").fetchall()
+    both = json.dumps([*json.loads(allowed), name])
+    database.execute("UPDATE agents_app_agent SET allowed_tools = ? WHERE name = 'coder'", [both])
 
 
 def copy_row(database: databases.Opened, table: str, which: str, **changes: Any) -> None:

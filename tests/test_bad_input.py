@@ -125,7 +125,7 @@ def settle(server: Server, llm: ScriptedLLM) -> None:
         database.execute("INSERT INTO sessions_app_account (id, name) VALUES (2, 'another')")
         database.execute(
             "INSERT INTO sessions_app_session (id, account_id, current_agent, switch_count, message_count, turn_count,"
-            " is_active, next_seq, pruned_seq) VALUES (?, 2, 'coder', 0, 0, 0, 1, 1, 0)",
+            " is_active, next_seq, pruned_seq) VALUES (?, 2, 'coder', 0, 0, 0, true, 1, 0)",
             [FOREIGN],
         )
         hold_as(HELD, database)

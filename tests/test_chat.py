@@ -368,84 +368,84 @@ def test_colours_are_for_terminals_that_want_them(
 # --- what breaks ---
 
 
-def test_a_server_that_dies_while_a_call_waits(server: Server, llm: ScriptedLLM, folder: Path) -> None:
-    llm.script(call("write_file", WRITE), say("Done."))
-    with Chat(server, folder) as chat:
+def test_a_server_that_dies_while_a_call_waits(mortal: Server, played: ScriptedLLM, folder: Path) -> None:
+    played.script(call("write_file", WRITE), say("Done."))
+    with Chat(mortal, folder) as chat:
         chat.say("Write it")
         chat.expect("It waits for an operator")
-        server.kill()
+        mortal.kill()
         chat.expect("[Lost the server: ")
-        server.start()
+        mortal.start()
         chat.expect("[Connected again.]\n")
 
-        decide(server, chat, "approve")
+        decide(mortal, chat, "approve")
 
         chat.expect("  → 8 bytes are in notes.md\n")
         chat.expect("│ Done.\n")
         assert chat.seen.count("asks for write_file") == 1 and chat.leave() == 0
 
 
-def test_a_server_that_dies_in_the_middle_of_an_answer(server: Server, llm: ScriptedLLM, folder: Path) -> None:
+def test_a_server_that_dies_in_the_middle_of_an_answer(mortal: Server, played: ScriptedLLM, folder: Path) -> None:
     gate = Gate()
-    llm.script(hold("Half a ", "never said", gate=gate), say("A whole answer."))
-    with Chat(server, folder) as chat:
+    played.script(hold("Half a ", "never said", gate=gate), say("A whole answer."))
+    with Chat(mortal, folder) as chat:
         chat.say("Go")
         chat.expect("│ Half a ")
-        server.kill()
+        mortal.kill()
         chat.expect("[Lost the server: ")
-        server.start()
+        mortal.start()
         gate.open()
 
         chat.expect("[The text above is void")
         chat.expect("coder\n│ A whole answer.\n(")
         assert "never said" not in chat.seen
-    assert server.history(chat.session_id) == [("user", "Go"), ("assistant", "A whole answer.")]
+    assert mortal.history(chat.session_id) == [("user", "Go"), ("assistant", "A whole answer.")]
 
 
 def test_a_result_that_did_not_arrive_is_sent_again_and_nothing_is_executed_twice(
-    server: Server, llm: ScriptedLLM, folder: Path
+    mortal: Server, played: ScriptedLLM, folder: Path
 ) -> None:
-    llm.script(runs("echo once >> log; until [ -e go ]; do sleep 0.05; done", by_shell=True), say("Done."))
-    with Chat(server, folder) as chat:
+    played.script(runs("echo once >> log; until [ -e go ]; do sleep 0.05; done", by_shell=True), say("Done."))
+    with Chat(mortal, folder) as chat:
         chat.say("Run it")
-        decide(server, chat, "approve")
+        decide(mortal, chat, "approve")
         chat.expect("[y/N]")
         chat.say("y")
         eventually((folder / "log").exists)
-        server.kill()
+        mortal.kill()
         (folder / "go").touch()
         chat.expect("  → exit code 0")
         chat.expect("[Lost the server: ")
-        server.start()
+        mortal.start()
 
         chat.expect("│ Done.\n")
 
     assert (folder / "log").read_text() == "once\n"
-    assert json.loads(results(llm)[0])["exit_code"] == 0
+    assert json.loads(results(played)[0])["exit_code"] == 0
 
 
 @pytest.mark.parametrize("has_ended", [True, False])
 def test_a_client_that_dies_before_its_result_arrived_executes_nothing_twice(
-    server: Server, llm: ScriptedLLM, folder: Path, has_ended: bool
+    mortal: Server, played: ScriptedLLM, folder: Path, has_ended: bool
 ) -> None:
-    llm.script(runs("echo once >> log; until [ -e go ]; do sleep 0.05; done", by_shell=True), say("Done."))
-    with Chat(server, folder) as chat:
+    played.script(runs("echo once >> log; until [ -e go ]; do sleep 0.05; done", by_shell=True), say("Done."))
+    with Chat(mortal, folder) as chat:
         chat.say("Run it")
-        decide(server, chat, "approve")
+        decide(mortal, chat, "approve")
         chat.expect("[y/N]")
         chat.say("y")
         eventually((folder / "log").exists)
         if has_ended:
-            server.kill()
+            mortal.kill()
             (folder / "go").touch()
             chat.expect("[Lost the server: ")
             chat.kill()
-            server.start()
+            mortal.start()
         else:
             chat.kill()
             (folder / "go").touch()
 
-        with Chat(server, folder, "--session", chat.session_id) as again:
+        with Chat(mortal, folder, "--session", chat.session_id) as again:
             if not has_ended:
                 again.expect("It had begun when this client stopped. Execute it again? [y/N]")
                 again.say("n")
@@ -454,39 +454,39 @@ def test_a_client_that_dies_before_its_result_arrived_executes_nothing_twice(
             assert again.leave() == 0
 
     assert (folder / "log").read_text() == "once\n"
-    assert ('"exit_code": 0' in results(llm)[0]) == has_ended
+    assert ('"exit_code": 0' in results(played)[0]) == has_ended
 
 
-def test_an_answer_that_is_lost_on_the_way_doubles_nothing(server: Server, llm: ScriptedLLM, folder: Path) -> None:
-    llm.script(call("write_file", {**WRITE, "backup": True}), say("Done."))
-    with Proxy(server) as proxy, Chat(proxy.url, folder) as chat:
+def test_an_answer_that_is_lost_on_the_way_doubles_nothing(mortal: Server, played: ScriptedLLM, folder: Path) -> None:
+    played.script(call("write_file", {**WRITE, "backup": True}), say("Done."))
+    with Proxy(mortal) as proxy, Chat(proxy.url, folder) as chat:
         chat.expect("/help tells more.")
         proxy.lose = 1
         chat.say("Write it")
         chat.expect("It waits for an operator")
         assert proxy.lost == 1
         proxy.lose = 2
-        decide(server, chat, "approve")
+        decide(mortal, chat, "approve")
         chat.expect("│ Done.\n")
 
         assert proxy.lost == 3 and chat.seen.count("  → 8 bytes") == 1
-        assert [role for role, _ in server.history(chat.session_id)] == ["user", "assistant", "tool", "assistant"]
+        assert [role for role, _ in mortal.history(chat.session_id)] == ["user", "assistant", "tool", "assistant"]
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "notes.md"], "written once, so no copy"
 
 
 def test_a_message_to_a_server_that_is_down_is_sent_when_it_is_back(
-    server: Server, llm: ScriptedLLM, folder: Path
+    mortal: Server, played: ScriptedLLM, folder: Path
 ) -> None:
-    llm.script(say("Here."))
-    with Chat(server, folder) as chat:
+    played.script(say("Here."))
+    with Chat(mortal, folder) as chat:
         chat.expect("\n> ")
-        server.kill()
+        mortal.kill()
         chat.say("Anybody there?")
         chat.expect("[Lost the server: ")
-        server.start()
+        mortal.start()
         chat.expect("│ Here.\n")
 
-    assert server.history(chat.session_id) == [("user", "Anybody there?"), ("assistant", "Here.")]
+    assert mortal.history(chat.session_id) == [("user", "Anybody there?"), ("assistant", "Here.")]
 
 
 def told_otherwise(truth: bytes, lie: bytes, data: bytes) -> bytes:
@@ -514,21 +514,21 @@ def test_nothing_runs_but_what_was_announced(shared_server: Server, played: Scri
 
 
 def test_a_position_that_is_gone_is_said_and_the_history_read_again(
-    server: Server, llm: ScriptedLLM, folder: Path
+    mortal: Server, played: ScriptedLLM, folder: Path
 ) -> None:
-    llm.script(say("First."), call("write_file", WRITE), say("Done."))
-    with Chat(server, folder) as chat:
+    played.script(say("First."), call("write_file", WRITE), say("Done."))
+    with Chat(mortal, folder) as chat:
         chat.say("Go")
         chat.expect("First.\n(")
         chat.expect("\n")
-        server.kill()
-        forget_numbers(server, chat.session_id)
-        server.start()
+        mortal.kill()
+        forget_numbers(mortal, chat.session_id)
+        mortal.start()
         chat.say("Write it")
 
         chat.expect("[The stream was lost")
         chat.expect("user:\n    | Write it\n")
-        decide(server, chat, "approve")
+        decide(mortal, chat, "approve")
         chat.expect("│ Done.\n")
         assert (folder / "notes.md").exists()
 

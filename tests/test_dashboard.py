@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from django.contrib.auth.models import User
 from django.db import connection
+from django.db.models.functions import Now
 from django.test import AsyncClient, Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
@@ -15,10 +16,11 @@ from agents_app import approvals
 from agents_app.approvals import Choice, Verdict
 from agents_app.models import ApprovalRequest, Decision
 from events_app.models import ModelCall
+from messages_app import claims
 from orchestrator_site import dashboard, navigation
 from orchestrator_site.dashboard import DAYS, Chart, Figure
 from sessions_app.models import Session, Turn
-from tests.factories import OPERATOR, fail, make_session, make_turn, make_waiting_call, run
+from tests.factories import OPERATOR, claim, fail, make_session, make_turn, make_waiting_call, run
 from tests.pages import Page, logged_in, staff
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("quick_passwords")]
@@ -181,6 +183,25 @@ def test_everybody_is_shown_what_they_may_see_and_no_more(operator: Client, audi
     assert (nobody.context["figures"], nobody.context["charts"], nobody.context["failures"]) == ([], [], [])
     assert "There is nothing here that you may see." in nobody.content.decode()
     assert "latest_decisions" not in nobody.context
+
+
+def test_turns_that_killed_the_server_are_named_and_their_list_says_how_often(operator: Client) -> None:
+    assert figures(operator)["Turns parked"].alarm is False
+    turn = make_turn(make_session("poisoned"))
+    make_turn(make_session("healthy"))
+    for owner in ("one", "two", "three"):
+        claim(turn, owner)
+        Turn.objects.filter(pk=turn.pk).update(lease_until=Now() - timedelta(seconds=1))
+    claims.claim_turns("four", 10)
+
+    parked = figures(operator)["Turns parked"]
+
+    assert (parked.value, parked.alarm) == ("1", True)
+    listed = Page(operator.get(parked.link).content.decode())
+    assert "poisoned" in listed.text
+    assert "healthy" not in listed.text
+    shown = Page(operator.get(reverse("admin:sessions_app_turn_change", args=[turn.pk])).content.decode())
+    assert re.search(r"Runners lost\s+3\b", shown.text)
 
 
 def test_the_start_page_takes_the_same_queries_however_much_there_is(superuser: Client) -> None:

@@ -1,21 +1,19 @@
 """The socket for those who ask for more: `?tokens=1` and `?live=1`."""
 
-import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosed
 
+from tests import databases
 from tests.scripted_llm import Gate, ScriptedLLM, call, hold, say
 from tests.server import Frame, Server, eventually, running, until
 from tests.test_socket import (
     Chat,
     assert_refused,
-    changed,
     error,
     on_coder,
     opened,
@@ -23,7 +21,6 @@ from tests.test_socket import (
     refusal,
     said,
     user,
-    without,
 )
 
 WRITE = {"path": "a.md", "content": "x"}
@@ -94,7 +91,7 @@ def test_who_reads_tokens_is_told_when_they_are_void(server: Server, played: Scr
     with opened(server, f"/ws/{on_coder(server, 'void')}?tokens=1") as chat:
         chat.send(user("Say something."))
         first = chat.receive()
-        with closing(sqlite3.connect(server.database, timeout=10)) as database, database:
+        with databases.changing(server.database) as database:
             database.execute("UPDATE sessions_app_turn SET lease_until = '2020-01-01' WHERE session_id = 'void'")
         restarted = heard_until(chat, "restarted")[-1]
         gate.open()
@@ -254,7 +251,7 @@ def test_a_position_that_never_was_or_is_gone_is_reset(server: Server) -> None:
     assert shown_after(999_999_999_999_999_999) == [reset, *everything]
 
     pruned = "UPDATE sessions_app_session SET pruned_seq = {} WHERE id = 'reset'"
-    with changed(server, pruned.format(2), pruned.format(0)):
+    with databases.meanwhile(server.database, [pruned.format(2)], [pruned.format(0)]):
         assert shown_after(1) == [reset, *everything]
     with opened(server, "/ws/never-was?live=1&after=7") as chat:
         assert chat.receive() == {"id": 0, "type": "stream_reset", "metadata": {"from": 1}}
@@ -276,16 +273,25 @@ def test_a_session_that_is_not_there_yet_is_followed_from_its_first_message_on(s
 
 
 def test_a_session_that_turns_out_to_be_somebody_elses_shows_nothing(server: Server) -> None:
-    other = "INSERT INTO sessions_app_account (id, name) VALUES (2, 'other')"
-    steal = (
-        "CREATE TRIGGER steal AFTER INSERT ON sessions_app_turn WHEN NEW.session_id = 'stolen' "
-        "BEGIN UPDATE sessions_app_session SET account_id = 2 WHERE id = 'stolen'; END"
+    steal, keep = (
+        "UPDATE sessions_app_session SET account_id = 2 WHERE id = 'stolen'",
+        "AFTER INSERT ON sessions_app_turn",
     )
-    give_back = "UPDATE sessions_app_session SET account_id = 1 WHERE account_id = 2"
+    if databases.ON_POSTGRESQL:
+        body = f"BEGIN IF NEW.session_id = 'stolen' THEN {steal}; END IF; RETURN NEW; END"
+        there = [
+            f"CREATE FUNCTION steal() RETURNS trigger LANGUAGE plpgsql AS $${body}$$",
+            f"CREATE TRIGGER steal {keep} FOR EACH ROW EXECUTE FUNCTION steal()",
+        ]
+        back = ["DROP FUNCTION steal CASCADE"]
+    else:
+        there = [f"CREATE TRIGGER steal {keep} WHEN NEW.session_id = 'stolen' BEGIN {steal}; END"]
+        back = ["DROP TRIGGER steal"]
+    there.append("INSERT INTO sessions_app_account (id, name) VALUES (2, 'other')")
+    back.append("UPDATE sessions_app_session SET account_id = 1 WHERE account_id = 2")
+    back.append("DELETE FROM sessions_app_account WHERE id = 2")
     with (
-        changed(server, other, "DELETE FROM sessions_app_account WHERE id = 2"),
-        changed(server, "SELECT 1", give_back),
-        changed(server, steal, "DROP TRIGGER steal"),
+        databases.meanwhile(server.database, there, back),
         opened(server, "/ws/stolen?live=1") as chat,
     ):
         chat.receive()
@@ -350,7 +356,7 @@ def test_other_parameters_change_nothing(server: Server, query: str) -> None:
 
 
 def test_without_the_database_a_live_socket_is_refused(tmp_path: Path, migrated: Path) -> None:
-    with running(tmp_path, migrated) as server, without(server, "sessions_app_session"):
+    with running(tmp_path, migrated) as server, databases.without(server.database, "sessions_app_session"):
         refused = refusal(server, "/ws/nowhere?live=1")
 
         assert_refused(refused, 503, "unavailable")

@@ -224,7 +224,7 @@ def test_a_turn_that_moved_on_in_the_meantime_is_not_parked() -> None:
     seen: tuple[uuid.UUID, str] = (turn.pk, "s")
     ending.cancel(CALLER, "s")
 
-    claims._park(*seen, claims.RUNNER_LOST, among=Turn.objects.claimable().condemned())
+    claims._park(*seen, claims.RUNNERS_LOST, among=Turn.objects.claimable().condemned())
 
     turn.refresh_from_db()
     assert turn.status == "cancelled"

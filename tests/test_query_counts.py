@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from django.db import connection, transaction
+from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 from rest_framework.test import APIRequestFactory, force_authenticate
 from rest_framework.views import APIView
@@ -15,11 +16,11 @@ from agents_app.approvals import Choice, Verdict
 from agents_app.binding import args_hash
 from agents_app.policy import Outcome, Ruling
 from events_app.views import AuditLogView, MetricsView
-from messages_app import acceptance
+from messages_app import acceptance, claims
 from messages_app.inbound import ToolResult
 from messages_app.views import HistoryView, SessionView
 from sessions_app.models import Session, ToolCall, Turn
-from tests.factories import CALLER, complete, make_calls, make_session, make_waiting_call, run, wanted
+from tests.factories import CALLER, complete, make_calls, make_session, make_turn, make_waiting_call, run, wanted
 
 pytestmark = pytest.mark.django_db
 
@@ -75,31 +76,65 @@ def make_conversation(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "view", "query", "path", "key"),
+    ("make", "reads"),
     [
-        (make_waiting, PendingApprovalsView, "", {"session_id": "s"}, "pending_approvals"),
-        (make_waiting, OpenCallsView, "", {"session_id": "s"}, "open_calls"),
-        (make_released, OpenCallsView, "", {"session_id": "s"}, "open_calls"),
-        (make_waiting, ApprovalsView, "limit=1000", {}, "approvals"),
-        (make_decided, ApprovalsView, "status=all", {}, "approvals"),
-        (make_conversation, HistoryView, "", {"session_id": "s"}, "messages"),
-        (make_conversation, SessionView, "include_messages=true", {"session_id": "s"}, "messages"),
-        (make_decided, AuditLogView, "limit=1000", {}, "audit_log"),
-        (make_decided, MetricsView, "", {}, "metrics"),
+        (
+            make_waiting,
+            [
+                (PendingApprovalsView, "", {"session_id": "s"}, "pending_approvals"),
+                (OpenCallsView, "", {"session_id": "s"}, "open_calls"),
+                (ApprovalsView, "limit=1000", {}, "approvals"),
+            ],
+        ),
+        (make_released, [(OpenCallsView, "", {"session_id": "s"}, "open_calls")]),
+        (
+            make_conversation,
+            [
+                (HistoryView, "", {"session_id": "s"}, "messages"),
+                (SessionView, "include_messages=true", {"session_id": "s"}, "messages"),
+            ],
+        ),
+        (
+            make_decided,
+            [
+                (ApprovalsView, "status=all", {}, "approvals"),
+                (AuditLogView, "limit=1000", {}, "audit_log"),
+                (MetricsView, "", {}, "metrics"),
+            ],
+        ),
     ],
 )
 def test_fifty_rows_take_as_many_queries_as_five(
-    make: Callable[[int], None], view: type[APIView], query: str, path: dict[str, str], key: str
+    make: Callable[[int], None], reads: list[tuple[type[APIView], str, dict[str, str], str]]
 ) -> None:
-
     taken = []
     for number in (5, 50):
         with transaction.atomic():
             make(number)
-            queries, shown = read(view, query, **path)
+            answers = [(key, *read(view, query, **path)) for view, query, path, key in reads]
             transaction.set_rollback(True)
-        assert len(shown[key]) >= number or key == "metrics"
-        taken.append(queries)
+        assert all(len(shown[key]) >= number or key == "metrics" for key, _, shown in answers)
+        taken.append([(key, queries) for key, queries, _ in answers])
 
     assert taken[0] == taken[1]
-    assert taken[0] <= 8
+    assert all(queries <= 8 for _, queries in taken[0])
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_fifty_turns_are_claimed_with_as_many_queries_as_five(lost: bool) -> None:
+    taken = []
+    for number in (5, 50):
+        with transaction.atomic():
+            for place in range(number):
+                make_turn(make_session(f"s{place}"))
+            if lost:
+                claims.claim_turns("dead", number)
+                Turn.objects.update(lease_until=Now())
+            with CaptureQueriesContext(connection) as queries:
+                claimed = claims.claim_turns("next", 100)
+            transaction.set_rollback(True)
+        assert len(claimed) == number
+        taken.append(len(queries))
+
+    assert taken[0] == taken[1]
+    assert taken[0] <= 20

@@ -5,7 +5,6 @@ from rest_framework.test import APIRequestFactory, force_authenticate
 
 from agents_app.approval_views import OpenCallsView
 from sessions_app import lifecycle
-from sessions_app.models import Session
 from tests.factories import CALLER, claim, complete, let_lease_run_out, make_calls, make_session, make_turn, run, wanted
 
 pytestmark = pytest.mark.django_db
@@ -39,14 +38,14 @@ def test_the_unfinished_text_of_a_turn_that_runs_is_behind_the_position() -> Non
     assert claimed.settled_seq < claimed.first_seq < claimed.block_end
 
 
-def test_numbers_of_a_runner_that_died_are_not_waited_for() -> None:
+def test_a_runner_whose_lease_has_run_out_may_be_renewing_it_and_is_taken_for_alive() -> None:
     session = make_session()
     turn = make_turn(session)
-    claim(turn)
+    claimed = claim(turn)
 
     let_lease_run_out(turn)
 
-    assert lifecycle.rejoining(session) == (Session.objects.get(pk="s").next_seq - 1, turn.pk)
+    assert lifecycle.rejoining(session) == (claimed.settled_seq, turn.pk)
 
 
 def test_a_turn_that_is_over_is_not_open() -> None:

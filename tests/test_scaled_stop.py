@@ -19,20 +19,44 @@ from websockets.exceptions import ConnectionClosed
 
 from orchestrator_site.local_services import Redis
 from tests import databases
-from tests.scaled import Gateway, Installation, Worker, installation
+from tests.gateway import Gateway, gateway
+from tests.scaled import Installation, Worker, installed
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
 from tests.server import AUTH, KEY, TIMEOUT, Frame, Server, eventually, parse_frames
 
-pytestmark = [pytest.mark.postgresql, pytest.mark.redis]
+pytestmark = pytest.mark.postgresql
 
+Behind = tuple[Installation, Gateway]
 # What was promised of every process.
 LONGEST = 30
 
 
 @pytest.fixture
-def scaled(tmp_path: Path, scaled_template: Path, redis: Redis, llm: ScriptedLLM) -> Iterator[Installation]:
-    with installation(tmp_path, scaled_template, redis, LLM_BASE_URL=llm.url) as made:
-        yield made
+def web(tmp_path: Path, scaled_template: Path, llm: ScriptedLLM) -> Iterator[Server]:
+    """A web process without a worker."""
+    with installed(tmp_path, scaled_template, llm, workers=0) as scaled:
+        yield scaled.web
+
+
+@pytest.fixture
+def behind(tmp_path: Path, scaled_template: Path, llm: ScriptedLLM) -> Iterator[Behind]:
+    """The same, and the way to their database."""
+    place = tmp_path / "test.sqlite3"
+    with (
+        gateway(databases.url_of(place)) as way,
+        installed(tmp_path, scaled_template, llm, TURN_LEASE_SECONDS="600", DATABASE_URL=way.url) as started,
+    ):
+        yield started, way
+        way.open()
+
+
+@pytest.fixture
+def scaled(tmp_path: Path, scaled_template: Path, llm: ScriptedLLM) -> Iterator[Installation]:
+    """A web process and a worker, whose leases nobody waits for."""
+    with installed(
+        tmp_path, scaled_template, llm, TURN_LEASE_SECONDS="600", TURN_MAX_OUTPUT_CHARS="10000000"
+    ) as started:
+        yield started
 
 
 def user(content: str) -> dict[str, str]:
@@ -70,10 +94,10 @@ def taking_at_most(seconds: float) -> Iterator[None]:
     assert time.monotonic() - begun < seconds
 
 
-def answered(scaled: Installation, server: Server, sessions: list[str], text: str) -> None:
+def answered(scaled: Installation, sessions: list[str], text: str) -> None:
     """Every turn was answered, once."""
     eventually(lambda: {status for status, *_ in turns(scaled)} == {"completed"}, seconds=TIMEOUT)
-    assert [server.history(each) for each in sessions] == [[("user", "go"), ("assistant", text)]] * len(sessions)
+    assert [scaled.web.history(each) for each in sessions] == [[("user", "go"), ("assistant", text)]] * len(sessions)
 
 
 # --- Web processes --------------------------------------------------------------------------------------------------
@@ -108,13 +132,18 @@ async def read_socket(server: Server, session_id: str, seen: set[tuple[str, str]
     return received[1:]  # the first one names the position
 
 
+@pytest.mark.redis
 def test_fifty_streams_of_a_stopping_web_process_end_at_once_and_go_on_elsewhere(
-    scaled: Installation, llm: ScriptedLLM
+    tmp_path: Path, scaled_template: Path, llm: ScriptedLLM, redis: Redis
 ) -> None:
+    with installed(tmp_path, scaled_template, llm, webs=2, REDIS_URL=redis.url) as scaled:
+        streams_go_on_elsewhere(scaled, llm)
+
+
+def streams_go_on_elsewhere(scaled: Installation, llm: ScriptedLLM) -> None:
     gate = Gate()
     llm.default = hold("Half a ", "sentence.", gate=gate)
-    stopping, other = scaled.web(), scaled.web()
-    scaled.worker()
+    other, stopping = scaled.webs
     sessions = [f"s{number}" for number in range(25)]
     ask(other, sessions)
     llm.wait_for(lambda llm: len(llm.answers) == 25)
@@ -124,14 +153,14 @@ def test_fifty_streams_of_a_stopping_web_process_end_at_once_and_go_on_elsewhere
         streams = [asyncio.create_task(read_stream(stopping, each, seen)) for each in sessions]
         sockets = [asyncio.create_task(read_socket(stopping, each, seen)) for each in sessions]
         await asyncio.to_thread(eventually, lambda: len(seen) == 50)
-        send(stopping, signal.SIGTERM)
+        stopping.tell()
         return await asyncio.gather(*streams), await asyncio.gather(*sockets)
 
     with taking_at_most(LONGEST):
         read, shown = asyncio.run(follow())
-        assert wait(stopping) == 0
+        assert stopping.end() == 0
     gate.open()
-    answered(scaled, other, sessions, "Half a sentence.")
+    answered(scaled, sessions, "Half a sentence.")
 
     assert "Traceback" not in stopping.log.read_text()
     for session_id, received, messages in zip(sessions, read, shown, strict=True):
@@ -155,14 +184,13 @@ def followed(server: Server, session_id: str, after: int = 0) -> list[Frame]:
     return seen
 
 
-def test_who_keeps_a_connection_is_answered_and_told_that_it_closes(scaled: Installation) -> None:
-    server = scaled.web()
-    kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT) for _ in range(2)]
+def test_who_keeps_a_connection_is_answered_and_told_that_it_closes(web: Server) -> None:
+    kept = [http.client.HTTPConnection("127.0.0.1", web.port, timeout=TIMEOUT) for _ in range(2)]
     for connection in kept:
         connection.request("GET", "/health")
         connection.getresponse().read()
-    send(server, signal.SIGTERM)
-    eventually(lambda: refuses(server))
+    web.tell()
+    eventually(lambda: refuses(web))
 
     kept[0].request("POST", "/sessions", headers=AUTH)
     made = kept[0].getresponse()
@@ -172,16 +200,15 @@ def test_who_keeps_a_connection_is_answered_and_told_that_it_closes(scaled: Inst
     assert (made.status, made.headers["connection"]) == (201, "close")
     assert (stream.status, stream.headers["retry-after"], stream.headers["connection"]) == (503, "1", "close")
     assert json.loads(stream.read())["code"] == "unavailable"
-    assert wait(server) == 0
+    assert web.end() == 0
 
 
-def test_whoever_could_connect_to_a_stopping_web_process_is_answered(scaled: Installation) -> None:
-    server = scaled.web()
+def test_whoever_could_connect_to_a_stopping_web_process_is_answered(web: Server) -> None:
     answers: list[int] = []
 
     def post() -> None:
         while True:
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+            connection = http.client.HTTPConnection("127.0.0.1", web.port, timeout=TIMEOUT)
             try:
                 connection.connect()
             except ConnectionRefusedError:
@@ -193,12 +220,12 @@ def test_whoever_could_connect_to_a_stopping_web_process_is_answered(scaled: Ins
     with ThreadPoolExecutor(16) as pool:
         posting = [pool.submit(post) for _ in range(16)]
         eventually(lambda: len(answers) > 100)
-        send(server, signal.SIGTERM)
+        web.tell()
         for each in posting:
             each.result(TIMEOUT)
 
     assert set(answers) == {201}
-    assert wait(server) == 0
+    assert web.end() == 0
 
 
 @contextmanager
@@ -222,47 +249,33 @@ def a_reader_of_nothing(server: Server, session_id: str) -> Iterator[None]:
 
 
 def test_a_reader_of_nothing_and_half_a_request_hold_up_no_stop(scaled: Installation, llm: ScriptedLLM) -> None:
-    llm.default = say("x" * 6_000_000, pieces=["x" * 100_000] * 60)
-    server = scaled.web()
-    scaled.worker(TURN_MAX_OUTPUT_CHARS="10000000")
-    with server.streaming({**user("go"), "agent_type": "coder"}, "long") as frames:
+    llm.default = say("", pieces=["x" * 100_000] * 60)
+    web = scaled.web
+    with web.streaming({**user("go"), "agent_type": "coder"}, "long") as frames:
         list(frames)
 
-    with half_a_request(server), a_reader_of_nothing(server, "long"), taking_at_most(LONGEST):
-        server.http.get("/health")  # both are known to the server
-        assert server.stop() == 0
+    with half_a_request(web), a_reader_of_nothing(web, "long"), taking_at_most(LONGEST):
+        web.http.get("/health")  # both are known to the server
+        assert web.stop() == 0
 
 
-def test_a_second_signal_ends_a_web_process_at_once(scaled: Installation) -> None:
-    server = scaled.web()
-
-    with half_a_request(server):
-        server.http.get("/health")
-        send(server, signal.SIGTERM)
-        eventually(lambda: refuses(server))
-        with taking_at_most(2):
-            send(server, signal.SIGTERM)
-            assert wait(server) == -signal.SIGTERM
+def test_a_second_signal_ends_a_web_process_at_once(web: Server) -> None:
+    with half_a_request(web):
+        web.http.get("/health")
+        web.tell()
+        eventually(lambda: refuses(web))
+        with taking_at_most(5):
+            web.tell()
+            assert web.end() == -signal.SIGTERM
 
 
-def test_a_web_process_ends_without_its_database(scaled: Installation) -> None:
-    with gateway(scaled) as way:
-        server = scaled.web(DATABASE_URL=way.url)
-        way.close()
-        assert server.http.get("/sessions").status_code == 503
+def test_a_web_process_ends_without_its_database(behind: Behind) -> None:
+    scaled, way = behind
+    way.close()
+    assert scaled.web.http.get("/sessions").status_code == 503
 
-        with taking_at_most(LONGEST):
-            assert server.stop() == 0
-
-
-def send(server: Server, number: signal.Signals) -> None:
-    assert server.process is not None
-    server.process.send_signal(number)
-
-
-def wait(server: Server) -> int:
-    assert server.process is not None
-    return server.process.wait(TIMEOUT)
+    with taking_at_most(LONGEST):
+        assert scaled.web.stop() == 0
 
 
 def refuses(server: Server) -> bool:
@@ -278,28 +291,17 @@ def refuses(server: Server) -> bool:
 TWENTY = [f"s{number}" for number in range(20)]
 
 
-@contextmanager
-def gateway(scaled: Installation) -> Iterator[Gateway]:
-    """A way to the database that a test can close."""
-    way = Gateway(databases.url_of(scaled.database))
-    try:
-        yield way
-    finally:
-        way.end()
-
-
-def with_twenty_turns(scaled: Installation, llm: ScriptedLLM, gate: Gate, **settings: str) -> tuple[Server, Worker]:
-    """A worker that runs twenty turns whose model hangs, and the web process that was asked."""
+def stopping_one(scaled: Installation, llm: ScriptedLLM, gate: Gate) -> Worker:
+    """A worker that runs twenty turns, whose model hangs."""
     llm.default = hold("Half a ", "sentence.", gate=gate)
-    server, worker = scaled.web(), scaled.worker(**settings)
-    ask(server, TWENTY)
+    ask(scaled.web, TWENTY)
     llm.wait_for(lambda llm: len(llm.answers) == 20)
-    return server, worker
+    return scaled.workers[0]
 
 
 def test_twenty_turns_of_a_stopping_worker_are_left_to_others(scaled: Installation, llm: ScriptedLLM) -> None:
     gate = Gate()
-    server, stopping = with_twenty_turns(scaled, llm, gate, TURN_LEASE_SECONDS="600")
+    stopping = stopping_one(scaled, llm, gate)
 
     with taking_at_most(LONGEST):
         assert stopping.stop() == 0
@@ -308,57 +310,9 @@ def test_twenty_turns_of_a_stopping_worker_are_left_to_others(scaled: Installati
     assert (owners(scaled), waiting_jobs(scaled)) == (set(), set(TWENTY)), "whoever comes begins at once"
     assert "Traceback" not in stopping.log.read_text()
     gate.open()
-    scaled.worker()
-    answered(scaled, server, TWENTY, "Half a sentence.")
+    scaled.add_worker()
+    answered(scaled, TWENTY, "Half a sentence.")
     assert turns(scaled) == [("completed", 2, 0)] * 20
-
-
-def test_turns_are_handed_over_to_a_database_that_comes_back_in_time(scaled: Installation, llm: ScriptedLLM) -> None:
-    gate = Gate()
-    with gateway(scaled) as way:
-        server, stopping = with_twenty_turns(scaled, llm, gate, DATABASE_URL=way.url, TURN_LEASE_SECONDS="600")
-        way.close()
-        stopping.send(signal.SIGTERM)
-        eventually(lambda: stopping.log.read_text().count('"turn_abandoned"') == 20)
-
-        way.open()
-        assert stopping.wait() == 0
-
-    assert turns(scaled) == [("running", 1, 0)] * 20
-    assert owners(scaled) == set()
-    gate.open()
-    scaled.worker()
-    answered(scaled, server, TWENTY, "Half a sentence.")
-
-
-def test_a_worker_ends_without_its_database_and_its_turns_go_on_elsewhere(
-    scaled: Installation, llm: ScriptedLLM
-) -> None:
-    gate = Gate()
-    with gateway(scaled) as way:
-        server, stopping = with_twenty_turns(scaled, llm, gate, DATABASE_URL=way.url, TURN_LEASE_SECONDS="2")
-        way.close()
-
-        with taking_at_most(LONGEST):
-            assert stopping.stop() == 0
-
-    gate.open()
-    scaled.worker()
-    answered(scaled, server, TWENTY, "Half a sentence.")
-
-
-def test_a_second_signal_ends_a_worker_at_once(scaled: Installation, llm: ScriptedLLM) -> None:
-    gate = Gate()
-    with gateway(scaled) as way:
-        _, stopping = with_twenty_turns(scaled, llm, gate, DATABASE_URL=way.url)
-        way.close()
-        stopping.send(signal.SIGTERM)
-        eventually(lambda: "Stopping" in stopping.log.read_text())
-
-        with taking_at_most(2):
-            stopping.send(signal.SIGTERM)
-            assert stopping.wait() == -signal.SIGTERM
-    gate.open()
 
 
 def test_a_message_behind_a_turn_that_is_handed_over_is_answered_after_it(
@@ -366,14 +320,57 @@ def test_a_message_behind_a_turn_that_is_handed_over_is_answered_after_it(
 ) -> None:
     gate = Gate()
     llm.script(hold("Half a ", "sentence.", gate=gate), say("Whole."), say("And the next."))
-    server, stopping = scaled.web(), scaled.worker(TURN_LEASE_SECONDS="600")
-    ask(server, ["s"])
+    ask(scaled.web, ["s"])
     llm.wait_for(lambda llm: len(llm.answers) == 1)
-    ask(server, ["s"])
+    ask(scaled.web, ["s"])
 
-    assert stopping.stop() == 0
+    assert scaled.workers[0].stop() == 0
     gate.open()
-    scaled.worker()
+    scaled.add_worker()
 
     eventually(lambda: [status for status, *_ in turns(scaled)] == ["completed"] * 2)
-    assert [text for role, text in server.history("s") if role == "assistant"] == ["Whole.", "And the next."]
+    assert [text for role, text in scaled.web.history("s") if role == "assistant"] == ["Whole.", "And the next."]
+
+
+def test_turns_are_handed_over_to_a_database_that_comes_back_in_time(behind: Behind, llm: ScriptedLLM) -> None:
+    gate, (scaled, way) = Gate(), behind
+    stopping = stopping_one(scaled, llm, gate)
+    way.close()
+    stopping.tell()
+    eventually(lambda: stopping.log.read_text().count('"turn_abandoned"') >= 20)
+
+    way.open()
+    assert stopping.end() == 0
+
+    assert (turns(scaled), owners(scaled)) == ([("running", 1, 0)] * 20, set())
+    gate.open()
+    scaled.add_worker()
+    answered(scaled, TWENTY, "Half a sentence.")
+
+
+def test_a_worker_ends_without_its_database_and_its_turns_go_on_elsewhere(behind: Behind, llm: ScriptedLLM) -> None:
+    gate, (scaled, way) = Gate(), behind
+    stopping = stopping_one(scaled, llm, gate)
+    way.close()
+
+    with taking_at_most(LONGEST):
+        assert stopping.stop() == 0
+
+    way.open()
+    gate.open()
+    databases.change(scaled.database, "UPDATE sessions_app_turn SET lease_until = now()")
+    scaled.add_worker()
+    answered(scaled, TWENTY, "Half a sentence.")
+
+
+def test_a_second_signal_ends_a_worker_at_once(behind: Behind, llm: ScriptedLLM) -> None:
+    gate, (scaled, way) = Gate(), behind
+    stopping = stopping_one(scaled, llm, gate)
+    way.close()
+    stopping.tell()
+    eventually(lambda: "Stopping" in stopping.log.read_text())
+
+    with taking_at_most(5):
+        stopping.tell()
+        assert stopping.end() == -signal.SIGTERM
+    gate.open()

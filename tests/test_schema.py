@@ -314,15 +314,6 @@ def change(server: Server, *statements: str) -> None:
             database.execute(statement)
 
 
-@contextmanager
-def without(server: Server, *tables: str) -> Iterator[None]:
-    change(server, *(f"ALTER TABLE {table} RENAME TO away_{table}" for table in tables))
-    try:
-        yield
-    finally:
-        change(server, *(f"ALTER TABLE away_{table} RENAME TO {table}" for table in tables))
-
-
 def new_world(server: Server, llm: PlannedLLM) -> World:
     session_id = f"world-{next(_numbers)}"
     asked = server.say(session_id, llm.plan(call("write_file", ARGUMENTS)), agent_type="coder")[1]
@@ -609,17 +600,17 @@ def test_conflicts_and_what_is_known_of_the_state(server: Server, llm: PlannedLL
 
 @contextmanager
 def denied(server: Server) -> Iterator[None]:
-    change(server, f"{RULE} VALUES (0, 'write_file', '', 'deny', 'Not today.', 0, 1)")
+    change(server, f"{RULE} VALUES (0, 'write_file', '', 'deny', 'Not today.', false, true)")
     yield
     change(server, "DELETE FROM agents_app_approvalrule WHERE position = 0")
 
 
 @contextmanager
 def others_decide(server: Server) -> Iterator[None]:
-    change(server, f"{RULE} VALUES (0, '*', '', 'ask', '', 0, 1)")
-    change(server, "UPDATE agents_app_approvalrule SET self_approval = 0")
+    change(server, f"{RULE} VALUES (0, '*', '', 'ask', '', false, true)")
+    change(server, "UPDATE agents_app_approvalrule SET self_approval = false")
     yield
-    change(server, "UPDATE agents_app_approvalrule SET self_approval = 1")
+    change(server, "UPDATE agents_app_approvalrule SET self_approval = true")
     change(server, "DELETE FROM agents_app_approvalrule WHERE position = 0")
 
 
@@ -654,7 +645,7 @@ TABLES = ("sessions_app_session", "agents_app_agent", "events_app_event", "event
 
 def test_without_the_database_everything_but_health_is_503(world: World) -> None:
     bodies = {(method, path): (path, name) for method, path, name in WRITES}
-    with without(world.server, *TABLES):
+    with databases.without(world.server.database, *TABLES):
         for method, path in OPERATIONS:
             if path == SOCKET:
                 continue
@@ -671,7 +662,7 @@ def test_without_the_database_everything_but_health_is_503(world: World) -> None
 
 def test_what_cannot_be_written_down_is_not_done(world: World) -> None:
     talk = {"session_id": world.session_id, "message": {"type": "user_message", "content": "hi"}}
-    with without(world.server, "events_app_auditentry"):
+    with databases.without(world.server.database, "events_app_auditentry"):
         refused(world.send("POST", DECIDE, json=APPROVE), 503, "audit_unavailable")
         refused(world.send("POST", "/sessions/{session_id}/cancel"), 503, "audit_unavailable")
         refused(world.send("DELETE", "/sessions/{session_id}"), 503, "audit_unavailable")
@@ -679,10 +670,9 @@ def test_what_cannot_be_written_down_is_not_done(world: World) -> None:
 
 
 def test_a_fault_of_ours_is_500(world: World) -> None:
-    change(world.server, "UPDATE sessions_app_account SET id = 7")
     talk = {"session_id": "of-nobody", "message": {"type": "user_message", "content": "hi"}}
-    refused(world.send("POST", STREAM, json=talk), 500, "internal_error")
-    change(world.server, "UPDATE sessions_app_account SET id = 1")
+    with databases.refusing(world.server.database, "events_app_event", "1 = 1", as_fault=True):
+        refused(world.send("POST", STREAM, json=talk), 500, "internal_error")
 
 
 # --- Every frame of a stream -----------------------------------------------------------------------------------------

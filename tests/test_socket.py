@@ -6,7 +6,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -843,28 +843,11 @@ def descriptors(server: Server) -> int:
 # --- What goes wrong on this side ------------------------------------------------------------------------------------
 
 
-@contextmanager
-def changed(server: Server, there: str, back: str) -> Iterator[None]:
-    """Change the database under the server, and back again."""
-
-    databases.change(server.database, there)
-    try:
-        yield
-    finally:
-        databases.change(server.database, back)
-
-
-def without(server: Server, table: str) -> AbstractContextManager[None]:
-    return changed(server, f"ALTER TABLE {table} RENAME TO away", f"ALTER TABLE away RENAME TO {table}")
-
-
 def test_a_database_that_does_not_answer_is_503_and_a_fault_of_ours_500(open_server: Server) -> None:
-    account = "UPDATE sessions_app_account SET id = {} WHERE id = {}"
-
     with last_place(open_server, "/ws/faults") as chat:
-        with without(open_server, "events_app_event"):
+        with databases.without(open_server.database, "events_app_event"):
             unavailable = chat.answer_to(user("first"))
-        with changed(open_server, account.format(7, 1), account.format(1, 7)):
+        with databases.refusing(open_server.database, "events_app_event", "1 = 1", as_fault=True):
             fault = chat.answer_to(user("second"))
         well = chat.answer_to(user("third", agent_type="coder"))
 
@@ -875,7 +858,7 @@ def test_a_database_that_does_not_answer_is_503_and_a_fault_of_ours_500(open_ser
 
 def test_an_answer_that_breaks_off_is_told_so_and_the_socket_stays_open(open_server: Server) -> None:
     with last_place(open_server, "/ws/broken") as chat:
-        with without(open_server, "events_app_streambatch"):
+        with databases.without(open_server.database, "events_app_streambatch"):
             broken = chat.answer_to(user("first", agent_type="coder"))
 
         assert broken == [error("Streaming error: the answer was interrupted")]

@@ -59,8 +59,14 @@ def edit(client: Client, record: Any, **changes: Any) -> Any:
     return client.post(detail_of(record), form_at(client, detail_of(record)).filled(**changes))
 
 
+# The empty forms as superusers get them: to make one takes longer than to refuse what was written into it.
+EMPTY: dict[type[Any], Form] = {}
+
+
 def add(client: Client, kind: type[Any], **values: Any) -> Any:
-    return client.post(page_of(kind, "add"), form_at(client, page_of(kind, "add")).filled(**values))
+    if kind not in EMPTY:
+        EMPTY[kind] = form_at(client, page_of(kind, "add"))
+    return client.post(page_of(kind, "add"), EMPTY[kind].filled(**values))
 
 
 def delete(client: Client, record: Any) -> Any:
@@ -561,34 +567,27 @@ def fill(text: str) -> None:
     ApprovalRule.objects.filter(position=1).update(tool=text[:100], agent=text[:32], reason=text[:500])
 
 
-@pytest.mark.parametrize(
-    "hostile", ["\n".join(INJECTIONS[n : n + 4]) for n in range(0, len(INJECTIONS), 4)] + ["".join(TRICKS)]
-)
-def test_hostile_text_stays_text_where_it_is_edited_and_where_it_is_read(superuser: Client, hostile: str) -> None:
+def test_hostile_text_stays_text_where_it_is_edited_and_where_it_is_read(superuser: Client) -> None:
     reader = logged_in(staff("olga", "operators"))
     addresses = [*map(detail_of, one_of_each()), *map(list_of, TEAM)]
-    tried = {"agent": "coder", "tool": hostile[:200], "arguments": hostile}
-    calm = {**tried, "tool": "harmless", "arguments": "harmless"}
-    pages: list[tuple[Client, str, dict[str, str]]] = [
-        (client, address, {}) for client in (superuser, reader) for address in addresses
-    ]
-    pages.append((reader, TRY, tried))
-    for harmless in (True, False):
-        fill("harmless" if harmless else hostile)
-        html = [
-            client.get(address, calm if asked and harmless else asked).content.decode()
-            for client, address, asked in pages
-        ]
-        if harmless:
-            skeletons = [Page(page).skeleton for page in html]
-            continue
-        for (client, address, _), page, skeleton in zip(pages, html, skeletons, strict=True):
+    pages = [(client, address) for client in (superuser, reader) for address in addresses] + [(reader, TRY)]
+    texts = ["\n".join(INJECTIONS[n : n + 4]) for n in range(0, len(INJECTIONS), 4)] + ["".join(TRICKS)]
+
+    def read(text: str) -> list[str]:
+        fill(text)
+        tried = {"agent": "coder", "tool": text[:200], "arguments": text}
+        return [client.get(address, tried if address == TRY else {}).content.decode() for client, address in pages]
+
+    skeletons = [Page(page).skeleton for page in read("harmless")]
+    for hostile in texts:
+        html = read(hostile)
+        for (client, address), page, skeleton in zip(pages, html, skeletons, strict=True):
             seen = Page(re.sub(r"(?s)<pre class=.said.>.*?</pre>", "None", page) if client is superuser else page)
-            assert seen.skeleton == skeleton or client is superuser and seen.elements == skeleton[0], address
+            unlike = (address, hostile)
+            assert seen.skeleton == skeleton or client is superuser and seen.elements == skeleton[0], unlike
             if client is reader and address != TRY:
-                assert not RAW.search(page), address
-    prompt = Page(superuser.get(detail_of(Agent.objects.get(pk="coder"))).content.decode()).text
-    assert visible(hostile) in prompt, "what an editor cannot see is written out beside it"
+                assert not RAW.search(page), unlike
+        assert visible(hostile) in Page(html[0]).text, "what an editor cannot see is written out beside it"
 
 
 def test_a_schema_is_edited_with_what_hides_spelled_out(superuser: Client) -> None:

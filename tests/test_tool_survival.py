@@ -30,24 +30,13 @@ VERDICTS = ("approve", "edit", "reject")
 BECOMES = {"approve": "approved", "edit": "edited", "reject": "rejected"}
 LEASE = 1.0
 PATIENCE = 20.0
-SETTINGS = {"TURN_LEASE_SECONDS": str(LEASE)}
 
 by_death = pytest.mark.parametrize("die", [Server.kill, Server.stop], ids=["kill -9", "SIGTERM"])
 
 
-@pytest.fixture(scope="module")
-def mortal(tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path) -> Iterator[Server]:
-    """A server that tests kill and start again. A turn that it leaves behind is taken over after a second."""
-    with running(tmp_path_factory.mktemp("mortal"), migrated, LLM_BASE_URL=shared_llm.url, **SETTINGS) as started:
-        started.http.timeout = httpx.Timeout(PATIENCE)
-        yield started
-
-
 @pytest.fixture
-def server(mortal: Server, played: ScriptedLLM) -> Iterator[Server]:
-    yield mortal
-    if mortal.process is None or mortal.process.poll() is not None:
-        mortal.start()
+def server(mortal: Server) -> Server:
+    return mortal
 
 
 @pytest.fixture
@@ -455,7 +444,10 @@ def test_random_kills_lose_no_decision_and_no_result_and_repeat_none(
     enough = Event()
 
     with (
-        running(tmp_path, migrated, LLM_BASE_URL=llm.url, **SETTINGS) as server,
+        # No turn is to blame for these deaths, however many meet the same one.
+        running(
+            tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_MAX_LOSSES="100", TURN_LEASE_SECONDS=str(LEASE)
+        ) as server,
         ThreadPoolExecutor(CLIENTS) as pool,
     ):
         clients = [

@@ -183,8 +183,13 @@ class PendingApprovalAdmin(AboutCall, BrowseOnlyAdmin):
         keys = request.POST.getlist("_selected_action")[:MAX_REJECTED_AT_ONCE]
         numbers = [int(key) for key in keys if key.isascii() and key.isdecimal() and len(key) < 19]
         found = ApprovalRequest.objects.select_related("session", "call").filter(pk__in=numbers)
-        for approval in found.order_by("id"):
-            self._reject_one(request, approval)
+        try:
+            for approval in found.order_by("id"):
+                self._reject_one(request, approval)
+        except OperationalError:
+            # The next would wait for the database as long as this one, one after the other.
+            left = "The database does not answer at the moment. Requests that are not named here still wait."
+            self.message_user(request, left, messages.ERROR)
         return redirect("admin:agents_app_pendingapproval_changelist")
 
     def _reject_one(self, request: HttpRequest, approval: ApprovalRequest) -> None:
@@ -192,8 +197,8 @@ class PendingApprovalAdmin(AboutCall, BrowseOnlyAdmin):
         try:
             choice = _choice(request, approval, "reject", seen=request.POST.get(f"seen-{approval.pk}", ""))
             approvals.decide_by_id(operator(request, approval), approval.call_id, choice)
-        except (APIError, OperationalError) as refusal:
-            self.message_user(request, f"{name}: not done. {_said(refusal)}", messages.ERROR)
+        except APIError as refusal:
+            self.message_user(request, f"{name}: not done. {visible(refusal.message)}", messages.ERROR)
         else:
             self.message_user(request, f"{name}: rejected.", messages.SUCCESS)
 
@@ -374,7 +379,3 @@ def _as_api_error(refusal: APIError | OperationalError) -> APIError:
     if isinstance(refusal, APIError):
         return refusal
     return Unavailable("The database does not answer at the moment: nothing was done. Try again.")
-
-
-def _said(refusal: APIError | OperationalError) -> str:
-    return visible(_as_api_error(refusal).message)

@@ -24,7 +24,7 @@ from orchestrator_site.schema.shapes import (
     text,
     told_apart,
 )
-from sessions_app.models import Turn
+from sessions_app.models import RUNNER_LOST, Turn
 
 Status = Turn.Status
 # The stable words in `metadata.code` of an error, and in `code` of the end of the turn that it fails.
@@ -44,6 +44,7 @@ ENDS_THE_TURN = {
     "too_many_handoffs": "the agents passed the message on too often",
     "too_many_rounds": "the agent asked for tools too often",
     "arguments_changed": "somebody changed the arguments of a waiting call; it was not released",
+    RUNNER_LOST: "the server died each time it worked on the turn",
     "internal_error": "a fault of the server's own",
 }
 # Of a call that the agent may not make; the model was told, and the turn goes on.

@@ -1,4 +1,4 @@
-"""`migrate`, on PostgreSQL one at a time and for as long as it takes."""
+"""`migrate`, on PostgreSQL one at a time and for as long as it takes: Django itself does not keep two starts apart."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ PATIENT = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_tim
 
 class Command(migrate.Command):
     def handle(self, *args: Any, **options: Any) -> None:
-        with _unhurried(connections[options["database"]]):
+        with alone(connections[options["database"]]):
             super().handle(*args, **options)
 
 
 @contextmanager
-def _unhurried(connection: Any) -> Iterator[None]:
-    """Without the timeouts of requests, and while no other start migrates: Django itself does not keep them apart."""
+def alone(connection: Any) -> Iterator[None]:
+    """On PostgreSQL, without the timeouts of requests and while nobody else is here."""
     if connection.vendor != "postgresql":
         yield
         return

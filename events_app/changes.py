@@ -23,7 +23,8 @@ from django_eventstream.views import events, get_listener_manager
 
 from events_app.database import read
 from events_app.models import Event
-from events_app.stream import Place, TooManyStreams, release_thread
+from events_app.stream import Place, release_thread
+from orchestrator_site.errors import Unavailable
 from orchestrator_site.http import SESSION_ID
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def changes(request: HttpRequest) -> HttpResponseBase:
         with Place() as place:
             told = events(request)
             return place.response(_watched(told.streaming_content))
-    except TooManyStreams as refusal:
+    except Unavailable as refusal:
         return HttpResponse(refusal.message, status=refusal.status, headers=refusal.headers)
 
 

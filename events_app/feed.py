@@ -149,6 +149,7 @@ class Feed:
         self._closing: set[str] = set()
         self._on_wake: Callable[[], None] = lambda: None
         self.relay: Relay | None = None
+        self.is_closing = False
 
     def attach(self, loop: asyncio.AbstractEventLoop, *, on_wake: Callable[[], None]) -> None:
         """Bind the bus to the loop it lives on; `on_wake` is called there when a turn may be ready to run."""
@@ -168,7 +169,8 @@ class Feed:
         self._on_loop(self._tell_of_end, session_id)
 
     def close_all(self) -> None:
-        """The process stops: every stream ends where it is, to be resumed."""
+        """The process stops: every stream ends where it is, to be resumed, and none begins."""
+        self.is_closing = True
         self._on_loop(self._close_all)
 
     def wake_runner(self) -> None:

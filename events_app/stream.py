@@ -107,10 +107,13 @@ class Place:
             ...
             return place.response(parts)
 
-    Raises TooManyStreams when there is none left. Without a response it is given back at the end of the block.
+    Raises TooManyStreams when there is none left, Unavailable when the process stops. Without a response it is given
+    back at the end of the block.
     """
 
     def __init__(self) -> None:
+        if feed.is_closing:
+            raise Unavailable("This server is being stopped.", Retry_After="1")
         if len(_places) >= settings.STREAMS_AT_ONCE:
             raise TooManyStreams("This server holds as many streams as it can.", Retry_After="5")
         _places.add(self)

@@ -20,7 +20,7 @@ from events_app.frames import Frame
 from messages_app import claims, steps
 from messages_app.engine import give_up, run_turn
 from messages_app.turn_stream import Stopping, TurnStream
-from sessions_app import retention
+from sessions_app import lifecycle, retention
 from sessions_app.models import Claim, LostClaim
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ POLL_SECONDS = 1.0
 # How long a wish of another process (a cancelled turn, a frame to be numbered) waits when its wake-up got lost.
 WISH_SECONDS = 0.5
 PRUNE_SECONDS = 600.0
-HAND_OVER_SECONDS = 5.0
+HAND_OVER_SECONDS = 8.0
+HAND_OVER_PAUSE_SECONDS = 0.5
 
 
 class Runner:
@@ -66,15 +67,29 @@ class Runner:
     async def stop(self) -> None:
         """Hand every running turn over, with what it has streamed, and end."""
         self.begin_stopping()
-        if self._running:
-            await asyncio.wait(self._running, timeout=HAND_OVER_SECONDS)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HAND_OVER_SECONDS):
+                await self._hand_all_over()
         for task in [*self._clocks, *self._running]:
             task.cancel()
         await asyncio.gather(*self._clocks, *self._running, return_exceptions=True)
         await close_model()
 
+    async def _hand_all_over(self) -> None:
+        if self._running:
+            await asyncio.wait(self._running)
+        while self._abandoned:
+            try:
+                await self._release_abandoned()
+            except (OperationalError, InterfaceError):
+                # A database that restarts is back in time, or the leases of these turns have to run out.
+                await asyncio.sleep(HAND_OVER_PAUSE_SECONDS)
+
     async def run_in(self, session_id: str) -> None:
-        """Run the turns of a session one after the other in this task, until none may run."""
+        """Run the turns of a session one after the other in this task, until none may run.
+
+        What is left when the process stops is told to another one.
+        """
         if task := asyncio.current_task():
             self._running.add(task)
             task.add_done_callback(self._running.discard)
@@ -83,6 +98,7 @@ class Runner:
             if begun is None:
                 return
             await self.run(*begun)
+        await _try(hop(lifecycle.wake_runner, session_id))
 
     async def run(self, claim: Claim, frames: list[Frame]) -> None:
         """Run a turn that this runner has claimed; `frames` are those that its claim has logged."""
@@ -115,8 +131,7 @@ class Runner:
         except LostClaim:
             logger.warning("turn_lost", extra=ids)
         except Stopping:
-            await _try(_hand_over(stream))
-            logger.info("turn_handed_over", extra=ids)
+            await self._hand_over(stream, ids)
         except (OperationalError, InterfaceError):
             # Whether the last write counts is unknown. It is released, and the next claim sees what is stored.
             logger.exception("turn_abandoned", extra=ids)
@@ -128,6 +143,18 @@ class Runner:
             logger.info("turn_left", extra={**ids, "outcome": outcome})
             return True
         return False
+
+    async def _hand_over(self, stream: TurnStream, ids: dict[str, Any]) -> None:
+        """Log what was shown, and let somebody else take the turn at once."""
+        try:
+            await stream.commit(steps.release)
+        except (OperationalError, InterfaceError):
+            logger.exception("turn_abandoned", extra=ids)
+            self._abandoned.append(stream.claim)
+        except Exception:
+            logger.exception("turn_not_ended", extra=ids)
+        else:
+            logger.info("turn_handed_over", extra=ids)
 
     async def _commit_deltas(self) -> None:
         streams = [stream for stream in self._streams.values() if stream.has_news]
@@ -159,9 +186,14 @@ class Runner:
     async def _release_abandoned(self) -> None:
         """As soon as the database is back: this runner lives, and an outage must not look like its death."""
         while self._abandoned:
-            with suppress(LostClaim):  # ended after all, or taken over
-                await hop(claims.release, self._abandoned[0])
-            del self._abandoned[0]
+            claim = self._abandoned.pop()
+            try:
+                await hop(claims.release, claim)
+            except LostClaim:
+                continue  # ended after all, or taken over
+            except BaseException:
+                self._abandoned.append(claim)
+                raise
 
 
 class EmbeddedRunner(Runner):
@@ -211,11 +243,6 @@ async def prune() -> None:
     """Forget what is older than it is kept, in transactions of bounded size."""
     while await hop(retention.prune_streams) == retention.SESSIONS_AT_ONCE:
         pass
-
-
-async def _hand_over(stream: TurnStream) -> None:
-    """Log what was shown, and let somebody else take the turn at once."""
-    await stream.commit(steps.release)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import signal
 import sys
-from contextlib import suppress
 from typing import Any
 
 from procrastinate import App
@@ -19,6 +18,7 @@ from sessions_app.jobs import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS
 logger = logging.getLogger(__name__)
 
 REST_SECONDS = 2.0
+JOBS_SECONDS = 8.0
 
 
 async def work(app: App, **options: Any) -> None:
@@ -26,20 +26,26 @@ async def work(app: App, **options: Any) -> None:
 
     What ends Procrastinate's worker from inside, mostly a database that is away, is survived: it begins again.
     """
-    relay, runner = Relay(lifecycle.newest), Runner()
+    relay, runner, told = Relay(lifecycle.newest), Runner(), asyncio.Event()
     feed.attach(asyncio.get_running_loop(), on_wake=lambda: None)
     relay.start()
     runner.start()
+    _obey_signals(told)
     fetching = asyncio.create_task(_fetch_for_ever(app, runner, options))
-    with suppress(asyncio.CancelledError):
-        await _until_told(fetching, runner)
+    telling = asyncio.create_task(told.wait())
+    await asyncio.wait([fetching, telling], return_when=asyncio.FIRST_COMPLETED)
+    telling.cancel()
+    # Before the jobs: it waits for those that run, which is for their turns, and takes no other.
+    fetching.cancel()
     await runner.stop()
+    # What is left are the jobs' own rows. A database that is away must not hold up the end; `recover` finds them.
+    await asyncio.wait([fetching], timeout=JOBS_SECONDS)
     await relay.stop()
     feed.detach()
     close_threads()
 
 
-async def _until_told(fetching: asyncio.Task[None], runner: Runner) -> None:
+def _obey_signals(told: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -47,16 +53,15 @@ async def _until_told(fetching: asyncio.Task[None], runner: Runner) -> None:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
         sys.stdout.write("Stopping. The turns that run here go on elsewhere.\n")
-        runner.begin_stopping()
-        fetching.cancel()
+        sys.stdout.flush()
+        told.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    await fetching
 
 
 async def _fetch_for_ever(app: App, runner: Runner, options: dict[str, Any]) -> None:
-    while True:
+    while not runner.is_stopping:
         try:
             await app.run_worker_async(
                 install_signal_handlers=False,

@@ -1,5 +1,6 @@
 """Casts for environment variables: a value that does not fit stops the start and names the variable."""
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable
@@ -38,6 +39,18 @@ class Environment:
     def words(self, name: str, default: list[str]) -> list[str]:
         """A comma-separated list."""
         return self._read(name, default, lambda raw: [word.strip() for word in raw.split(",") if word.strip()])
+
+    def networks(self, name: str) -> list[str]:
+        """A comma-separated list of addresses and networks; none by default."""
+
+        def cast(raw: str) -> list[str]:
+            words = [word.strip() for word in raw.split(",") if word.strip()]
+            try:
+                return [str(ipaddress.ip_network(word)) for word in words]
+            except ValueError:
+                raise ValueError("has to name addresses or networks, such as 127.0.0.1,10.0.0.0/8") from None
+
+        return self._read(name, [], cast)
 
     def flag(self, name: str, default: bool) -> bool:
         def cast(raw: str) -> bool:

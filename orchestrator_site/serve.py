@@ -8,15 +8,10 @@ Makes what this installation needs once (secrets, database, superuser), says wha
 import gc
 import os
 import secrets
-import signal
-import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
-from django.core.exceptions import ImproperlyConfigured
-
+from orchestrator_site import web
 from orchestrator_site.env import Environment
 
 CHAT = ".venv/bin/python manage.py chat --workspace DIR"
@@ -32,67 +27,19 @@ def main() -> None:
     made = make_secrets(ENV_FILE)
     import django
 
-    try:
+    from events_app import startup
+
+    with startup.refusals_in_one_line():
         django.setup()
-    except ImproperlyConfigured as error:
-        sys.exit(f"Countersign does not start: {error}")
+        from django.conf import settings
 
-    from django.conf import settings
-    from django.db import DatabaseError
-
-    ensure_port_free(settings.HOST, settings.PORT)
-    try:
-        ensure_database_usable()
-        password = prepare_database()
-    except DatabaseError as error:
-        sys.exit(f"Countersign does not start: DATABASE_URL, {database_shown()}: {one_line(error)}.")
+        listener = web.bound(settings.HOST, settings.PORT)
+        with startup.database_needed():
+            password = prepare_database()
+        startup.look_for_redis()
     sys.stdout.write(banner(made, password))
     sys.stdout.flush()
-
-    serve()
-
-
-def serve() -> None:
-    """Run uvicorn until SIGINT or SIGTERM: streams end at once, to be resumed, and turns are handed over."""
-    import uvicorn
-    from django.conf import settings
-
-    from events_app.changes import watch
-    from events_app.feed import feed
-    from orchestrator_site.readiness import readiness
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            sys.stdout.write("\nStopping. A turn that is running goes on with the next start.\n")
-            sys.stdout.flush()
-            readiness.is_stopping = True
-            feed.close_all()
-            watch.close_all()
-            super().handle_exit(sig, frame)
-
-    config = uvicorn.Config(
-        "orchestrator_site.asgi:application",
-        host=settings.HOST,
-        port=settings.PORT,
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="orchestrator_site.protocol:BoundedHeadProtocol",
-        ws="orchestrator_site.socket_protocol:BoundedSocketProtocol",
-        # Up to the first bound a message that is too large is refused, beyond this one the connection is closed.
-        ws_max_size=2 * settings.MAX_BODY_BYTES,
-        # What is not inflated cannot burst.
-        ws_per_message_deflate=False,
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        # A forged X-Forwarded-For is not believed; the proxy of a real deployment is configured there.
-        proxy_headers=False,
-        timeout_graceful_shutdown=10,
-    )
-    # uvicorn, when it has ended, raises the signal again that it obeyed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with suppress(KeyboardInterrupt):
-        Server(config).run()
+    web.serve(listener)
 
 
 def make_secrets(env_file: Path) -> dict[str, str]:
@@ -118,48 +65,16 @@ def append(env_file: Path, values: dict[str, str]) -> None:
         file.writelines(f"{name}={value}\n" for name, value in values.items())
 
 
-def ensure_database_usable() -> None:
-    """Raise DatabaseError with the reason, which the pool would keep to itself and try again."""
-    from django.db import DatabaseError, connection
-
-    if connection.vendor != "postgresql":
-        return
-    with connection.wrap_database_errors:
-        probe = connection.Database.connect(**connection.get_connection_params())  # type: ignore[attr-defined]
-    with probe:
-        encoding = probe.info.parameter_status("server_encoding")
-    if encoding != "UTF8":
-        raise DatabaseError(f"the database stores texts as {encoding} and has to store them as UTF8")
-
-
-def database_shown() -> str:
-    """Which database it is, without its password."""
-    from django.conf import settings
-
-    where = settings.DATABASES["default"]
-    if "sqlite" in where["ENGINE"]:
-        return str(where["NAME"])
-    user, port = (where["USER"] and f"{where['USER']}@"), (where["PORT"] and f":{where['PORT']}")
-    return f"postgres://{user}{where['HOST']}{port}/{where['NAME']}"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".?")
-
-
 def prepare_database() -> str | None:
     """Migrate, and make a superuser when there is nobody; the password if one was made up for it."""
     from django.core.management import call_command
-    from django.db import connection, connections
+    from django.db import connection
 
     from events_app.management.commands.migrate import alone
 
-    try:
-        with alone(connection):
-            call_command("migrate", verbosity=0, interactive=False)
-            return ensure_superuser()
-    finally:
-        connections.close_all()
+    with alone(connection):
+        call_command("migrate", verbosity=0, interactive=False)
+        return ensure_superuser()
 
 
 def ensure_superuser() -> str | None:
@@ -180,16 +95,6 @@ def ensure_superuser() -> str | None:
     except IntegrityError:
         return None  # another process starts beside this one, and was faster
     return made
-
-
-def ensure_port_free(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = error.strerror or "no such address"
-            sys.exit(f"Countersign does not start: HOST {host}, PORT {port}: {reason}.")
 
 
 def banner(made: dict[str, str], password: str | None) -> str:

@@ -29,6 +29,7 @@ PORT = env.integer("PORT", 8000, at_least=1, at_most=65535)
 DJANGO_SUPERUSER_USERNAME = env.text("DJANGO_SUPERUSER_USERNAME", "admin")
 DJANGO_SUPERUSER_PASSWORD = env.text("DJANGO_SUPERUSER_PASSWORD", "")
 BEHIND_HTTPS = env.flag("BEHIND_HTTPS", False)
+TRUSTED_PROXIES = env.networks("TRUSTED_PROXIES")
 
 # --- The model ---------------------------------------------------------------------------------------------------
 

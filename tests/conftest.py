@@ -9,6 +9,7 @@ import pytest
 from django.test import Client
 from playwright.sync_api import Browser, sync_playwright
 
+from orchestrator_site.local_services import Redis
 from tests import databases, scaled
 from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import ScriptedLLM
@@ -48,6 +49,14 @@ def scaled_template(tmp_path_factory: pytest.TempPathFactory, migrated: Path) ->
     place = tmp_path_factory.mktemp("scaled") / "test.sqlite3"
     scaled.migrate(migrated, place)
     return place
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    server = Redis(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")

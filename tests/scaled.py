@@ -12,7 +12,7 @@ import psycopg
 
 from tests import databases
 from tests.scripted_llm import ScriptedLLM
-from tests.server import ROOT, TIMEOUT, Server
+from tests.server import ROOT, TIMEOUT, Server, eventually
 
 SCALED = {"TURN_RUNNER": "procrastinate", "TURN_LEASE_SECONDS": "2"}
 
@@ -41,10 +41,18 @@ class Worker:
         self.process.kill()
         self.process.wait(TIMEOUT)
 
-    def stop(self) -> int:
-        """SIGTERM, and how it ended."""
+    def tell(self) -> None:
+        """SIGTERM"""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        """SIGTERM, and how it ended."""
+        self.tell()
+        return self.end()
+
+    def end(self) -> int:
+        assert self.process is not None
         return self.process.wait(TIMEOUT)
 
 
@@ -52,7 +60,8 @@ class Installation:
     """Its first web process is `web`; every process has a log of its own."""
 
     def __init__(self, folder: Path, webs: int, workers: int, settings: dict[str, str]) -> None:
-        self.webs = [Server(folder, **(SCALED | settings)) for _ in range(webs)]
+        self.folder = folder
+        self.webs = [Server(folder, server="web", **(SCALED | settings)) for _ in range(webs)]
         for number, server in enumerate(self.webs):
             server.log = folder / f"web{number}.log"
         self.web = self.webs[0]
@@ -65,6 +74,16 @@ class Installation:
         for server in self.webs:
             server.start()
         self.wait_for_workers(len(self.workers))
+
+    def add_worker(self, **settings: str) -> Worker:
+        """One more worker, perhaps with settings of its own, which fetches jobs already."""
+        newest = "SELECT coalesce(max(id), 0) FROM procrastinate_workers"
+        before = self.rows(newest)
+        worker = Worker(self.folder, {**self.web.environment, **settings}, f"worker{len(self.workers)}")
+        self.workers.append(worker)
+        worker.start()
+        eventually(lambda: self.rows(newest) != before)
+        return worker
 
     def wait_for_workers(self, number: int) -> None:
         """Until so many workers fetch jobs. Workers that were killed do not count when others were started since."""
@@ -104,17 +123,17 @@ def installed(
     databases.copy(template, installation.database)
     with ExitStack() as end:
         end.callback(databases.drop, installation.database)
-        for each in installation.processes:
-            end.callback(_end, each)
+        end.callback(_end_all, installation)
         installation.start()
         yield installation
 
 
-def _end(process: Server | Worker) -> None:
-    if isinstance(process, Server):
-        process.http.close()
-    if process.process is not None and process.process.poll() is None:
-        process.kill()
+def _end_all(installation: Installation) -> None:
+    for server in installation.webs:
+        server.http.close()
+    for each in installation.processes:
+        if each.process is not None and each.process.poll() is None:
+            each.kill()
 
 
 def connections(place: Path) -> int:

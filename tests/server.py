@@ -109,6 +109,7 @@ class Server:
     def start(self) -> None:
         commands = {
             "uvicorn": ["orchestrator_site.serve"],  # what `make run` starts
+            "web": ["orchestrator_site.web"],
             "daphne": ["daphne", "-b", "127.0.0.1", "-p", str(self.port), "orchestrator_site.asgi:application"],
         }
         with self.log.open("ab") as log:
@@ -139,10 +140,18 @@ class Server:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(TIMEOUT)
 
-    def stop(self) -> int:
-        """SIGTERM, and how it ended."""
+    def tell(self) -> None:
+        """SIGTERM"""
         assert self.process is not None
         self.process.terminate()
+
+    def stop(self) -> int:
+        """SIGTERM, and how it ended."""
+        self.tell()
+        return self.end()
+
+    def end(self) -> int:
+        assert self.process is not None
         return self.process.wait(TIMEOUT)
 
     # --- what clients do ---

@@ -20,14 +20,6 @@ pytestmark = pytest.mark.postgresql
 COMMAND = '{"command": "make"}'
 
 
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    server = Redis(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Redis]:
     """A Redis that a test may break."""

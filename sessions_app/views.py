@@ -1,5 +1,6 @@
 """Sessions over REST: create and list; the forms in which they are shown; and the stream of a whole session."""
 
+import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -19,6 +20,9 @@ from sessions_app import following, lifecycle
 from sessions_app.callers import Caller
 from sessions_app.following import Start
 from sessions_app.models import Session
+
+# How long a reader that was cut waits before it comes back, in milliseconds.
+RETRY_MS = (500, 5_000)
 
 
 class StrictText(serializers.CharField):
@@ -121,6 +125,8 @@ async def session_stream(request: HttpRequest, session_id: str) -> HttpResponseB
 
 
 async def _everything(session_id: str, start: Start) -> AsyncGenerator[bytes, None]:
+    # Readers that are cut together, by a process that stops or dies, do not come back together.
+    yield b"retry: %d\n\n" % random.randint(*RETRY_MS)  # noqa: S311 (no secret)
     if start.reset is not None:
         yield start.reset.wire
     async with aclosing(follow(session_id, after=start.after)) as batches:

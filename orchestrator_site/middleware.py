@@ -53,6 +53,9 @@ class RequestMiddleware:
     async def _respond(self, request: HttpRequest) -> HttpResponseBase:
         path = request.path_info
         if path.startswith(OPEN_PREFIXES):
+            # Both are looked up as they come, and PostgreSQL takes no NUL.
+            if any("\0" in text for text in (path, *request.COOKIES.values())):
+                return readable(BadRequest("An address or a cookie has a NUL."))
             return await self.get_response(request)
         try:
             _check_host(request)

@@ -550,6 +550,12 @@ def test_guessing_passwords_is_locked_out() -> None:
     assert try_to_log_in(client, "somebody_else", "guess")[0] == 200
 
 
+def test_a_nul_in_an_address_or_a_cookie_is_refused(superuser: Client) -> None:
+    assert superuser.get("/admin/sessions_app/session/%00/change/").status_code == 400
+    # As cookies spell characters that they cannot hold.
+    assert Client().get("/admin/", headers={"Cookie": f'sessionid="\\000{"x" * 32}"'}).status_code == 400
+
+
 def test_a_guess_may_be_hostile_too() -> None:
     client = AsyncClient()
 

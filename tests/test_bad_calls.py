@@ -739,8 +739,9 @@ NO_LONGER: dict[str, tuple[str, list[str], str]] = {
         "The agent that asked for this is gone.",
     ),
     "a stricter schema": (
-        "UPDATE agents_app_tool SET parameters = ? WHERE name = 'write_file'",
-        ['{"type": "object", "required": ["encoding"]}'],
+        'UPDATE agents_app_tool SET parameters = \'{"type": "object", "required": ["encoding"]}\''
+        " WHERE name = 'write_file'",
+        [],
         "'encoding' is a required property",
     ),
     "a stricter path": (

@@ -138,14 +138,16 @@ class Bench:
         return Recovery(healthy, seconds(first), seconds(last), claims, turns, held_now)
 
 
-def rows(recovery: Recovery, turns: int) -> Iterator[Row]:
+def rows(recovery: Recovery, turns: int, *, leases_ran_out: bool) -> Iterator[Row]:
     exact = recovery.claims == recovery.turns == turns
     yield "claims, turns", f"{recovery.claims}, {recovery.turns}", verdict("each once", exact)
     yield "from start to /health", f"{recovery.healthy:.2f} s", ""
     yield "from start to the first claims", f"{recovery.first:.2f} s", ""
     yield "from start to the last claim", f"{recovery.last:.2f} s", ""
-    took = recovery.last - recovery.first
-    yield "from the first claims to the last", f"{took:.2f} s", at_most(took, TARGET_SECONDS, "s")
+    # It looks for turns just before it answers; with leases to be waited for, that is too early to begin counting.
+    begin, name = (recovery.healthy, "/health") if leases_ran_out else (recovery.first, "the first claims")
+    took = recovery.last - begin
+    yield f"from {name} to the last claim", f"{took:.2f} s", at_most(took, TARGET_SECONDS, "s")
     yield "memory with all of them running", f"{recovery.held.megabytes:.0f} MB", ""
     yield "threads, connections", f"{recovery.held.threads}, {recovery.held.connections}", ""
 
@@ -168,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bench.until_running(turns // 2)
             bench.until_leases_ran_out()
             after = bench.recovery()
-            print_table("Half running, half queued; leases ran out", rows(after, turns))
+            print_table("Half running, half queued; leases ran out", rows(after, turns, leases_ran_out=True))
             at_once = bench.recovery()
-            print_table("All running; started at once", rows(at_once, turns))
+            print_table("All running; started at once", rows(at_once, turns, leases_ran_out=False))
         print((folder / "server.log").read_text()[:2_000], end="")
     finally:
         shutil.rmtree(folder)

@@ -8,7 +8,6 @@ from functools import cache
 from itertools import count
 
 from django.db import InterfaceError, OperationalError, transaction
-from django.db.models import QuerySet
 
 from agents_app import team
 from events_app import log
@@ -17,16 +16,15 @@ from events_app.frames import Frame
 from events_app.models import Event, StreamBatch
 from messages_app.turn_stream import BLOCK
 from sessions_app import lifecycle
-from sessions_app.models import RUNNER_LOST, Claim, Session, Turn, lease_end
+from sessions_app.models import RUNNER_LOST, Claim, Session, Turn, TurnQuerySet, lease_end
 
 logger = logging.getLogger(__name__)
 
-CLAIMS_AT_ONCE = 100
+CLAIMS_AT_ONCE = 250
 # Of so many suspect turns one runs at a time.
 SUSPECTS_TO_ONE = 20
 SERVER_FAULT = ErrorShown("Something went wrong on the server.", "internal_error")
 RUNNERS_LOST = ErrorShown("The server failed each time it worked on this message. It is not tried again.", RUNNER_LOST)
-Candidate = tuple[uuid.UUID, str]
 Begun = tuple[Claim, list[Frame]]
 
 
@@ -37,16 +35,19 @@ def claim_turns(owner: str, limit: int) -> list[Begun]:
     """
     begun = _claim_suspects(owner, limit)
     room = min(limit - len(begun), CLAIMS_AT_ONCE)
-    return begun + _claim(owner, list(Turn.objects.claimable().trusted().values_list("pk", "session_id")[:room]))
+    return begun + _claim(owner, Turn.objects.claimable().trusted(), room)
 
 
 def claim_in(owner: str, session_id: str) -> Begun | None:
     """The same for the one turn of a session that may run now, if there is one; for a suspect one perhaps another."""
-    found = Turn.objects.claimable().filter(session=session_id)
-    if (turn_id := found.trusted().values_list("pk", flat=True).first()) is not None:
-        begun = _claim(owner, [(turn_id, session_id)])
-    else:
-        begun = _claim_suspects(owner, 1) if found.exists() else []
+    free = Turn.objects.claimable().filter(session=session_id)
+    if not free.exists():
+        return None
+    with transaction.atomic():
+        # Waited for: there is no next look for a job that names its session.
+        Session.objects.locked().filter(pk=session_id).first()
+        begun = _claim(owner, free.trusted(), 1)
+    begun = begun or _claim_suspects(owner, 1)
     return begun[0] if begun else None
 
 
@@ -59,44 +60,48 @@ def _claim_suspects(owner: str, limit: int) -> list[Begun]:
     """
     for candidate in Turn.objects.claimable().condemned().values_list("pk", "session_id"):
         _park(*candidate, RUNNERS_LOST, among=Turn.objects.claimable().condemned())
-    suspects = list(Turn.objects.claimable().suspect().values_list("losses", "pk", "session_id"))  # type: ignore[misc]
+    suspects = list(Turn.objects.claimable().suspect().values_list("losses", flat=True))  # type: ignore[misc]
     if not suspects:
         return []
     on_trial = Turn.objects.held_by(owner).suspected()
     if on_trial.filter(is_singled_out=True).exists():
         return []
-    running, most = on_trial.count(), suspects[0][0]
-    worst = [(turn_id, session_id) for lost, turn_id, session_id in suspects if lost == most]
-    at_once = max((running + len(worst)) // SUSPECTS_TO_ONE, 1)
-    room = min(at_once - running, limit, CLAIMS_AT_ONCE)
-    return _claim(owner, worst[: max(room, 0)], singled_out=at_once == 1)
+    running, worst = on_trial.count(), suspects.count(suspects[0])
+    at_once = max((running + worst) // SUSPECTS_TO_ONE, 1)
+    room = min(at_once - running, worst, limit, CLAIMS_AT_ONCE)
+    return _claim(owner, Turn.objects.claimable().suspect(), room, singled_out=at_once == 1)
 
 
-def _claim(owner: str, candidates: Sequence[Candidate], *, singled_out: bool = False) -> list[Begun]:
-    """Claim these turns, but for those that somebody else was faster with.
+def _claim(owner: str, among: TurnQuerySet, room: int, *, singled_out: bool = False) -> list[Begun]:
+    """Claim the first of these turns, but for those that somebody else is at.
 
     A row that cannot be worked with must not keep the others waiting: it is looked for by halves, and parked.
     """
-    if not candidates:
+    # Asked for first: with SQLite the transaction that claims locks everybody out, and mostly there is nothing.
+    if room <= 0 or not among.exists():
         return []
     try:
-        return _claim_together(owner, candidates, singled_out=singled_out)
+        return _claim_together(owner, among[:room], singled_out=singled_out)
     except (OperationalError, InterfaceError):
         raise
     except Exception:
-        logger.exception("claim_failed", extra={"turns": [str(turn_id) for turn_id, _ in candidates]})
+        logger.exception("claim_failed", extra={"turns": room})
+    candidates = list(among.values_list("pk", "session_id")[:room])
     if len(candidates) == 1:
-        _park(*candidates[0], SERVER_FAULT, among=Turn.objects.all())
+        _park(*candidates[0], SERVER_FAULT, among=among)
         return []
     half = len(candidates) // 2
     return [
-        *_claim(owner, candidates[:half], singled_out=singled_out),
-        *_claim(owner, candidates[half:], singled_out=singled_out),
+        begun
+        for part in (candidates[:half], candidates[half:])
+        for begun in _claim(
+            owner, among.filter(pk__in=[turn_id for turn_id, _ in part]), len(part), singled_out=singled_out
+        )
     ]
 
 
 @transaction.atomic
-def _park(turn_id: uuid.UUID, session_id: str, why: ErrorShown, *, among: QuerySet[Turn]) -> None:
+def _park(turn_id: uuid.UUID, session_id: str, why: ErrorShown, *, among: TurnQuerySet) -> None:
     """Fail a turn that is not to be claimed again, and end the answer that its client waits for."""
     session = Session.objects.locked().get(pk=session_id)
     turn = among.filter(pk=turn_id).first()
@@ -119,35 +124,27 @@ def _park(turn_id: uuid.UUID, session_id: str, why: ErrorShown, *, among: QueryS
 
 
 @transaction.atomic
-def _claim_together(owner: str, candidates: Sequence[Candidate], *, singled_out: bool) -> list[Begun]:
-    """The same few statements for any number of turns: with one for each, a thousand took seconds."""
-    # Whoever has a session locked is about to change its turns: they are looked at the next time. One alone is waited
-    # for, by a worker whose job names it.
-    wanted = Session.objects.filter(pk__in=[session_id for _, session_id in candidates])
-    sessions = {session.pk: session for session in wanted.locked(or_skipped=len(candidates) > 1).order_by("pk")}
-    # Locked in one order, as the renewal and the group commit do it.
-    rows = (
-        Turn.objects.claimable()
-        .filter(pk__in=[turn_id for turn_id, _ in candidates], session__in=sessions)
-        .select_for_update(of=("self",))
-        .order_by("pk")
-    )
-    turns = sorted(rows, key=lambda turn: turn.created_at)
+def _claim_together(owner: str, free: TurnQuerySet, *, singled_out: bool) -> list[Begun]:
+    """The same few statements for any number of turns: with one for each, a thousand took seconds.
+
+    What somebody else has locked is about to change, or about to be claimed: it is looked at the next time.
+    """
+    turns = list(free.locked_with_sessions())
     if not turns:
         return []
-    left = set(StreamBatch.objects.unnumbered().filter(session_id__in=sessions).values_list("session_id", flat=True))
+    session_ids = [turn.session_id for turn in turns]
+    left = set(StreamBatch.objects.unnumbered().filter(session_id__in=session_ids).values_list("session_id", flat=True))
     pin = cache(team.pin)
     begun = [
         _begin(
             turn,
-            sessions[turn.session_id],
             owner,
             pin() if turn.team_version is None else turn.team_version,
             waiting=turn.session_id in left,
         )
         for turn in turns
     ]
-    Session.objects.filter(pk__in=[turn.session_id for turn in turns]).reserve_numbers(BLOCK)
+    Session.objects.filter(pk__in=session_ids).reserve_numbers(BLOCK)
     Turn.claim([claim for claim, _ in begun], singled_out=singled_out)
     # Those that were left by others are logged already.
     StreamBatch.objects.bulk_create(
@@ -155,17 +152,17 @@ def _claim_together(owner: str, candidates: Sequence[Candidate], *, singled_out:
         for claim, frames in begun
         if frames and frames[-1].seq == claim.settled_seq
     )
-    log.record(*[_started(claim, sessions[claim.session_id]) for claim, _ in begun])
+    log.record(*[_started(claim, turn.session) for turn, (claim, _) in zip(turns, begun, strict=True)])
     return begun
 
 
-def _begin(turn: Turn, session: Session, owner: str, version: int, *, waiting: bool) -> Begun:
+def _begin(turn: Turn, owner: str, version: int, *, waiting: bool) -> Begun:
     """How a turn begins to run: with the frames that others left, and last the one that says so.
 
     It runs under this version of the team to its end. A turn that goes on after it waited has begun before, and says
     nothing.
     """
-    is_takeover, has_waited = turn.status == Turn.Status.RUNNING, turn.round_count > 0
+    session, is_takeover, has_waited = turn.session, turn.status == Turn.Status.RUNNING, turn.round_count > 0
     first = session.next_seq
     numbers = count(first)
     frames = log.number_waiting(session.pk, lambda: next(numbers)) if waiting else []

@@ -96,12 +96,9 @@ class SessionQuerySet(QuerySet["Session"]):
             raise UnknownSession(f"Session {session_id} not found")
         return session
 
-    def locked(self, *, or_skipped: bool = False) -> Self:
-        """Lock the rows: whoever gives numbers or moves turns of a session takes its row first.
-
-        Those that somebody else has locked are waited for, or skipped.
-        """
-        return self.select_for_update(skip_locked=or_skipped)
+    def locked(self) -> Self:
+        """Lock the rows: whoever gives numbers or moves turns of a session takes its row first."""
+        return self.select_for_update()
 
     def reserve_numbers(self, count: int) -> None:
         """Take the next `count` numbers of each stream; the caller holds the rows' locks."""
@@ -226,6 +223,10 @@ class TurnQuerySet(QuerySet["Turn"]):
             .annotate(losses=losses())
             .order_by("created_at", "position")
         )
+
+    def locked_with_sessions(self) -> Self:
+        """Lock the rows and those of their sessions, which come along, but for what somebody else has locked."""
+        return self.select_related("session").select_for_update(of=("self", "session"), skip_locked=True)
 
     def trusted(self) -> Self:
         """Of claimable turns those that may run beside any others."""

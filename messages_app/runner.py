@@ -153,7 +153,7 @@ async def _hand_over(stream: TurnStream) -> None:
 
 
 async def _heartbeat() -> None:
-    feed.heartbeat()
+    await feed.heartbeat()
 
 
 async def _prune() -> None:

@@ -37,11 +37,15 @@ def main() -> None:
     from django.db import DatabaseError
 
     ensure_port_free(settings.HOST, settings.PORT)
+    # Each stream is one, each turn has one to its model; the rest are the database's, log files, requests.
+    allowed = allow_open_files(settings.STREAMS_AT_ONCE + settings.TURNS_AT_ONCE + 200)
     try:
         password = prepare_database()
     except DatabaseError as error:
         sys.exit(f"Countersign does not start: DATABASE_URL, {settings.DATABASES['default']['NAME']}: {error}.")
     sys.stdout.write(banner(made, password))
+    if allowed is not None:
+        sys.stdout.write(f"  Only {allowed} files may be open (ulimit -n): too few for STREAMS_AT_ONCE streams.\n\n")
     sys.stdout.flush()
 
     serve()
@@ -74,6 +78,9 @@ def serve() -> None:
         ws="orchestrator_site.socket_protocol:BoundedSocketProtocol",
         # Up to the first bound a message that is too large is refused, beyond this one the connection is closed.
         ws_max_size=2 * settings.MAX_BODY_BYTES,
+        # A peer that is gone without a word answers no ping.
+        ws_ping_interval=settings.STREAM_HEARTBEAT_SECONDS,
+        ws_ping_timeout=settings.STREAM_STALL_SECONDS,
         # What is not inflated cannot burst.
         ws_per_message_deflate=False,
         lifespan="on",
@@ -88,6 +95,20 @@ def serve() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(KeyboardInterrupt):
         Server(config).run()
+
+
+def allow_open_files(wanted: int) -> int | None:
+    """Let this process open so many files, sockets among them; if it may not, how many it may."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return None
+    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    return raised if raised < wanted else None
 
 
 def make_secrets(env_file: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/decisions.py
 	$(BIN)/python benchmarks/operators.py
+	$(BIN)/python benchmarks/streams.py
 
 screenshots: $(VENV)/installed-dev
 	$(BIN)/python docs/take_screenshots.py

@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -138,14 +138,16 @@ class Load:
         if response.status != expected:
             raise RuntimeError(f"POST {path}: {response.status} {text[:200]!r}")
 
-    async def run(self, session_ids: list[str]) -> tuple[list[Turn], int]:
+    async def run(
+        self, session_ids: list[str], *, on_streaming: Callable[[], None] = lambda: None
+    ) -> tuple[list[Turn], int]:
         """One turn in each session, all at once, to the end of every stream; and when all of them streamed."""
         turns = [Turn(session_id) for session_id in session_ids]
         clients = [Client(turn, self._message(turn.session_id)) for turn in turns]
         opened = await asyncio.gather(*[self._open(client) for client in clients])
         await together(client.streams for client in clients)
         streaming_at = time.monotonic_ns()
-        print("streaming", flush=True)
+        on_streaming()
         await together(client.ended for client in clients)
         for transport in opened:
             transport.close()
@@ -233,7 +235,7 @@ def main() -> None:
     sys.stdin.readline()
 
     cpu, began = cpu_seconds(), time.monotonic()
-    turns, streaming_at = uvloop.run(load.run(session_ids))
+    turns, streaming_at = uvloop.run(load.run(session_ids, on_streaming=lambda: print("streaming", flush=True)))
     costs = {"seconds": time.monotonic() - began, "load_cpu_seconds": cpu_seconds() - cpu}
     print(json.dumps({**report(turns, arguments.tokens, streaming_at), **costs}), flush=True)
 

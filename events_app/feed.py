@@ -15,6 +15,8 @@ from typing import Protocol
 from events_app.frames import Frame
 
 QUEUE_FRAMES = 1_000
+BEATS_AT_ONCE = 100
+BEAT_PAUSE_SECONDS = 0.02
 
 
 class Writer(Protocol):
@@ -242,12 +244,17 @@ class Feed:
         writer = self._writers.get(session_id)
         return writer.last_given() if writer else None
 
-    def heartbeat(self) -> None:
-        """Have every follower send a comment: what it was pushed need not be what it sends to its reader."""
-        for followers in self._followers.values():
-            for subscription in followers:
+    async def heartbeat(self) -> None:
+        """Have every follower send a comment: what it was pushed need not be what it sends to its reader.
+
+        Some at a time: thousands in one moment hold up every token for more than a second.
+        """
+        followers = [subscription for followers in self._followers.values() for subscription in followers]
+        for first in range(0, len(followers), BEATS_AT_ONCE):
+            for subscription in followers[first : first + BEATS_AT_ONCE]:
                 subscription.beat = True
                 subscription.signal()
+            await asyncio.sleep(BEAT_PAUSE_SECONDS)
 
     def _tell(self, session_id: str) -> None:
         self.look(session_id)

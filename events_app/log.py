@@ -16,6 +16,7 @@ from orchestrator_site.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 PAGE = 100
+PAGE_BYTES = 256 * 1024
 
 
 class AuditUnavailable(Unavailable):
@@ -125,14 +126,25 @@ def number_waiting(session_id: str, next_number: Any) -> list[Frame]:
 
 
 def page(session_id: str, after: int) -> tuple[list[Frame], bool]:
-    """The next logged frames past number `after`, and whether there may be more."""
-    rows = list(
+    """The next logged frames past number `after`, and whether there may be more.
+
+    A reader holds them until it has sent them, which may take it long: so not many more than PAGE_BYTES.
+    """
+    rows = (
         StreamBatch.objects.numbered()
         .filter(session_id=session_id, last_seq__gt=after)
         .order_by("last_seq")[:PAGE]
         .only("origin", "frames", "closes", "last_seq")
     )
-    return [frame for row in rows for frame in _frames(row) if frame.seq > after], len(rows) == PAGE
+    frames: list[Frame] = []
+    count = size = 0
+    for row in rows.iterator(chunk_size=10):
+        fresh = [frame for frame in _frames(row) if frame.seq > after]
+        frames += fresh
+        count, size = count + 1, size + sum(len(frame.wire) for frame in fresh)
+        if size >= PAGE_BYTES:
+            return frames, True
+    return frames, count == PAGE
 
 
 def _frames(batch: StreamBatch) -> Iterator[Frame]:

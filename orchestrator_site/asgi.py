@@ -32,7 +32,7 @@ class Beside:
         self.relay = Relay(lifecycle.newest)
         self.runner = EmbeddedRunner() if settings.TURN_RUNNER == "embedded" else None
         # Well within the longest silence that is promised: a beat may come late.
-        self._heartbeat = every(settings.STREAM_HEARTBEAT_SECONDS * 2 / 3, _heartbeat)
+        self._heartbeat = every(settings.STREAM_HEARTBEAT_SECONDS * 2 / 3, feed.heartbeat)
 
     def start(self) -> None:
         feed.attach(asyncio.get_running_loop(), on_wake=self.runner.wake if self.runner else _nobody)
@@ -47,10 +47,6 @@ class Beside:
         self._beating.cancel()
         await self.relay.stop()
         feed.detach()
-
-
-async def _heartbeat() -> None:
-    feed.heartbeat()
 
 
 def _nobody() -> None:

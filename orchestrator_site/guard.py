@@ -76,6 +76,9 @@ class Guard:
             await self.app(scope, receive, watch.send)
         except _Stalled:
             logger.warning("reader_stalled", extra={"path": scope["path"]})
+            if (abort := scope.get("state", {}).get("abort")) is not None:
+                abort()
+                await receive()  # until it is
         finally:
             watch.stop()
 

@@ -1,5 +1,6 @@
-"""uvicorn's HTTP protocol with a bound on the head of a request, which uvicorn reads whole before anybody sees it."""
+"""uvicorn's HTTP protocol, where it would read any head whole before anybody sees it, or wait for a reader for ever."""
 
+import asyncio
 from typing import Any
 
 from django.conf import settings
@@ -17,6 +18,11 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._head_bytes = 0
         self._boundaries = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # For the guard: one that is closed waits for ever for its reader to take the rest.
+        self.app_state = {**self.app_state, "abort": transport.abort}
 
     def data_received(self, data: bytes) -> None:
         boundaries = self._boundaries

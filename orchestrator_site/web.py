@@ -82,6 +82,11 @@ def serve(listener: socket.socket, *, linger_seconds: float = 0) -> None:
     with refusals_in_one_line(), _port_needed(settings.HOST, settings.PORT):
         listener.setblocking(False)
         listener.listen(QUEUE_OF_CONNECTIONS)  # fails when another process prepared itself beside this one
+    # Each stream is one, each turn has one to its model; the rest are the database's, log files, requests.
+    allowed = allow_open_files(settings.STREAMS_AT_ONCE + settings.TURNS_AT_ONCE + 200)
+    if allowed is not None:
+        sys.stdout.write(f"  Only {allowed} files may be open (ulimit -n): too few for STREAMS_AT_ONCE streams.\n\n")
+        sys.stdout.flush()
     config = uvicorn.Config(
         "orchestrator_site.asgi:application",
         loop="uvloop" if sys.platform != "win32" else "asyncio",
@@ -89,6 +94,9 @@ def serve(listener: socket.socket, *, linger_seconds: float = 0) -> None:
         ws="orchestrator_site.socket_protocol:BoundedSocketProtocol",
         # Up to the first bound a message that is too large is refused, beyond this one the connection is closed.
         ws_max_size=2 * settings.MAX_BODY_BYTES,
+        # A peer that is gone without a word answers no ping.
+        ws_ping_interval=settings.STREAM_HEARTBEAT_SECONDS,
+        ws_ping_timeout=settings.STREAM_STALL_SECONDS,
         # What is not inflated cannot burst.
         ws_per_message_deflate=False,
         lifespan="on",
@@ -105,6 +113,20 @@ def serve(listener: socket.socket, *, linger_seconds: float = 0) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(KeyboardInterrupt):
         Server(config, listener, linger_seconds).run(sockets=[listener])
+
+
+def allow_open_files(wanted: int) -> int | None:
+    """Let this process open so many files, sockets among them; if it may not, how many it may."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return None
+    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    return raised if raised < wanted else None
 
 
 class Server(uvicorn.Server):

@@ -52,7 +52,7 @@ def replaced(server: Server) -> Iterator[Path]:
 
 
 def test_a_server_that_is_well_says_so_to_everybody(server: Server) -> None:
-    assert is_ready(server)
+    assert ready(server).json() == WELL
     assert server.http.get("/healthz").json() == {"status": "alive"}
     for path in ("/healthz", "/readyz"):
         head = server.http.head(path)

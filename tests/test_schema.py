@@ -41,6 +41,7 @@ from tests.test_bad_input import MIB, answered, exchange, request_of
 DOCUMENT: dict[str, Any] = json.loads(document.as_json())
 OPERATIONS = [(method.upper(), path) for path, methods in DOCUMENT["paths"].items() for method in methods]
 SOCKET = "/ws/{session_id}"
+PROBES = ("/healthz", "/readyz")
 STREAM = "/agent/message/stream"
 FOLLOW = "/sessions/{session_id}/stream"
 DECIDE = "/approvals/{call_id}/decision"
@@ -103,7 +104,7 @@ def assert_answers(response: dict[str, Any], answer: httpx.Response) -> None:
             assert_fits(frame.data, schema)
     else:
         assert_fits(answer.json(), schema)
-        if answer.is_error:
+        if answer.is_error and "code" in answer.json():
             assert answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
@@ -350,13 +351,13 @@ def routed(patterns: list[Any], prefix: str = "/") -> Iterator[str]:
 
 
 def test_every_route_is_documented_and_nothing_else() -> None:
-    assert set(DOCUMENT["paths"]) == {*routed(contract), SOCKET}
+    assert set(DOCUMENT["paths"]) == {*routed(contract), SOCKET, *PROBES}
 
 
 def test_every_other_method_is_405_under_both_prefixes(world: World) -> None:
     for path, methods in DOCUMENT["paths"].items():
         others = {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE", "OPTIONS"} - {each.upper() for each in methods}
-        for prefix in ("", "/api/v1") if path != SOCKET else ():
+        for prefix in {SOCKET: (), **dict.fromkeys(PROBES, ("",))}.get(path, ("", "/api/v1")):
             for method in others:
                 answer = world.server.http.request(method, prefix + world.target(path))
                 assert answer.status_code == 405, (method, path)
@@ -482,7 +483,7 @@ def values_of(schema: dict[str, Any]) -> list[str]:
 def test_a_parameter_is_taken_if_and_only_if_it_fits_its_schema(world: World) -> None:
     for method, path in OPERATIONS:
         for each in map(resolved, operation(method, path)["parameters"]):
-            if each["in"] == "path" or each["name"] == "X-Request-ID":
+            if path == SOCKET or each["in"] == "path" or each["name"] == "X-Request-ID":
                 continue
             for value in values_of(each["schema"]):
                 where = "params" if each["in"] == "query" else "headers"
@@ -545,13 +546,16 @@ def test_a_body_that_cannot_be_read_is_refused(world: World, name: str) -> None:
         assert answer.status_code == (413 if harmless else status), path
 
 
+OPEN = ("/health", *PROBES)
+
+
 def test_without_the_key_everything_but_health_is_refused(world: World) -> None:
     keys: list[dict[str, str]] = [{}, {"X-Internal-Auth": "wrong"}, {"Authorization": "Basic x"}]
     with httpx.Client(base_url=world.server.url) as stranger:
         for (method, path), headers in product(OPERATIONS, keys):
             answer = stranger.request(method, world.target(path), headers=headers)
             assert_true(method, path, answer)
-            assert answer.status_code == (200 if path == "/health" else 401)
+            assert answer.status_code == (200 if path in OPEN else 401)
 
 
 def test_an_id_of_nothing_is_404(world: World) -> None:
@@ -647,17 +651,19 @@ def test_without_the_database_everything_but_health_is_503(world: World) -> None
     bodies = {(method, path): (path, name) for method, path, name in WRITES}
     with databases.without(world.server.database, *TABLES):
         for method, path in OPERATIONS:
-            if path == SOCKET:
+            if path in (SOCKET, "/readyz"):
                 continue
             options: dict[str, Any] = {}
             if (method, path) in bodies:
                 media = operation(method, path)["requestBody"]["content"]["application/json"]
                 options = {"json": world.said(media["examples"][bodies[method, path][1]]["value"])}
             answer = world.send(method, path, **options)
-            if path == "/health":
+            if path in OPEN:
                 assert answer.is_success
             else:
                 refused(answer, 503, "unavailable")
+        eventually(lambda: world.send("GET", "/readyz").status_code == 503)
+    eventually(lambda: world.send("GET", "/readyz").is_success)
 
 
 def test_what_cannot_be_written_down_is_not_done(world: World) -> None:
@@ -839,8 +845,8 @@ def test_a_stream_over_the_death_of_its_server_is_what_is_documented(
 # --- The socket ------------------------------------------------------------------------------------------------------
 
 
-def socket_to(world: World, prefix: str = "", **headers: str) -> ClientConnection:
-    address = f"ws://127.0.0.1:{world.server.port}{prefix}{world.target(SOCKET)}"
+def socket_to(world: World, prefix: str = "", query: str = "", **headers: str) -> ClientConnection:
+    address = f"ws://127.0.0.1:{world.server.port}{prefix}{world.target(SOCKET)}{query}"
     return connect(address, additional_headers={**AUTH, **headers}, proxy=None, open_timeout=15)
 
 
@@ -899,6 +905,29 @@ def test_a_socket_says_nothing_that_is_not_documented(world: World, llm: Planned
     assert [chunk["metadata"]["code"] for chunk in failed] == ["model_rejected"]
     assert [chunk["type"] for each in refusals for chunk in each] == ["error"] * 5
     assert agent_error == [{"type": "error", "content": "Agent error: 400"}]
+
+
+def test_a_live_socket_says_nothing_that_is_not_documented(world: World, llm: PlannedLLM) -> None:
+    received: list[Any] = []
+    with socket_to(world, query="?live=1&tokens=1&after=999") as connection:
+        connection.send(json.dumps({"type": "hitl_decision", "call_id": world.call_id, "decision": "reject"}))
+        while not received or received[-1]["type"] != "turn_finished":
+            received.append(json.loads(connection.recv(timeout=15)))
+        connection.send(json.dumps({"type": "user_message", "content": llm.plan(status(400)), "role": "user"}))
+        while received[-1].get("status") != "failed":
+            received.append(json.loads(connection.recv(timeout=15)))
+        connection.send("{")
+        received.append(json.loads(connection.recv(timeout=15)))
+    with socket_to(world, query="?live=1") as connection:
+        received.append(json.loads(connection.recv(timeout=15)))
+
+    for message in received:
+        assert_is("NumberedChunk", message)
+    assert {message["type"] for message in received} == {
+        *("stream_position", "stream_reset", "turn_started", "turn_finished"),
+        *("assistant_message", "tool_call", "approval_resolved", "error"),
+    }
+    assert [message for message in received if "id" not in message] == received[-2:-1]
 
 
 SOCKET_SHAPES: list[Any] = [None, 7, "", [], {}]

@@ -58,15 +58,15 @@ class RawStream:
 
     def __init__(self, server: Server, session_id: str, *, receive_buffer: int | None = None) -> None:
         self.received = bytearray()
-        self._socket = socket.socket()
-        self._socket.settimeout(15)
+        self.socket = socket.socket()
+        self.socket.settimeout(15)
         if receive_buffer is not None:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self._socket.connect(("127.0.0.1", server.port))
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.connect(("127.0.0.1", server.port))
         headers = "".join(f"{name}: {value}\r\n" for name, value in AUTH.items())
         request = f"GET /sessions/{session_id}/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n"
-        self._socket.sendall(request.encode())
-        self._response = HTTPResponse(self._socket)
+        self.socket.sendall(request.encode())
+        self._response = HTTPResponse(self.socket)
 
     def read_until(self, expected: bytes) -> None:
         """Read until it has received `expected`."""
@@ -82,7 +82,7 @@ class RawStream:
 
     def close(self) -> None:
         self._response.close()
-        self._socket.close()
+        self.socket.close()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from agents_app.models import ApprovalRequest, Decision
 from events_app.figures import AUDIT_LOG, DECISIONS, EXECUTIONS
+from orchestrator_site.readiness import DEGRADED, MEMORY, MISSING, NO_ANSWER, OK, READY, STOPPING, UNAVAILABLE
 from orchestrator_site.schema.shapes import (
     AGENT,
     CALL_ID,
@@ -154,6 +155,15 @@ def _component(shown: str) -> str:
 
 SCHEMAS: dict[str, Schema] = {
     "Health": record({"status": only("healthy"), "service": only("agent-runtime"), "version": NAME}),
+    "Alive": record({"status": only("alive")}),
+    "Readiness": record(
+        {
+            "status": one_of(READY, DEGRADED, UNAVAILABLE),
+            "database": one_of(OK, UNAVAILABLE, NO_ANSWER),
+            "runner": one_of(OK, MISSING, UNAVAILABLE, NO_ANSWER, STOPPING),
+            "layer": one_of(OK, MEMORY, UNAVAILABLE, NO_ANSWER),
+        }
+    ),
     "CreatedSession": record(
         {
             "id": SESSION_ID,

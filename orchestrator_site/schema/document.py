@@ -20,8 +20,9 @@ DESCRIPTION = """
 Countersign runs a team of AI agents for many clients at once, and holds every dangerous tool call until a person has
 signed it off.
 
-- Every path exists as it is written here and under `/api/v1`. Where `GET` is answered with JSON, `HEAD` is too.
-- All but `/health` needs the key: `X-Internal-Auth: <key>` or `Authorization: Bearer <key>`.
+- Every path but `/healthz` and `/readyz` exists as it is written here and under `/api/v1`. Where `GET` is answered with
+  JSON, `HEAD` is too.
+- All but these two and `/health` needs the key: `X-Internal-Auth: <key>` or `Authorization: Bearer <key>`.
 - Bodies are JSON in UTF-8 (`application/json`): at most 2 MiB, 64 levels, 10,000 keys; an object that names a key twice
   is refused. Unknown keys are passed over.
 - Times are ISO 8601 in UTC.

@@ -75,6 +75,8 @@ _APPROVAL = {
 # By component.
 EXAMPLES: dict[str, Any] = {
     "Health": {"status": "healthy", "service": "agent-runtime", "version": "0.1.0"},
+    "Alive": {"status": "alive"},
+    "Readiness": {"status": "ready", "database": "ok", "runner": "ok", "layer": "memory"},
     "CreatedSession": {
         "id": SESSION,
         "session_id": SESSION,
@@ -249,6 +251,7 @@ EXAMPLES: dict[str, Any] = {
     },
     "RestartedChunk": {"type": "restarted", "turn_id": TURN, "metadata": {"discard_after": 41}},
     "StreamResetChunk": {"type": "stream_reset", "metadata": {"from": 1200}},
+    "NumberedChunk": {"id": 7, "type": "assistant_message", "token": "Hello ", "is_final": False},
     "StreamEnd": {"status": "completed"},
     "SocketError": {"type": "error", "content": "Agent error: 404"},
 }

@@ -88,28 +88,18 @@ RESET = """
 The position that was asked for is gone or never was: drop what you showed and read the history again. All that is kept
 follows, from that number on. Only in the stream of a session; its own number is the one before.
 """
+NUMBERED = """
+What a socket with `tokens=1` or `live=1` receives: a `Chunk` of the session's stream and its number there as `id`,
+which is what `after` takes; first of all on a live one `stream_position`, or `stream_reset` for a position that is gone
+or never was. What answers its own message alone has no number. A piece of a text has `token` and no `content`; the
+whole text follows with `content` and no `token`.
+"""
 GATEWAY = """
 What the old gateway said: no message that can be read, none of the four types, `Agent error: <status>` with the status
 that the stream endpoint would have answered, or an answer that broke off.
 """
 
-SCHEMAS: dict[str, Schema] = {
-    "Chunk": {
-        "description": "The data of one frame of an event stream.",
-        **told_apart(
-            "type",
-            assistant_message="AssistantChunk",
-            tool_call="ToolCallChunk",
-            agent_switched="AgentSwitchedChunk",
-            error="ErrorChunk",
-            turn_started="TurnStartedChunk",
-            turn_finished="TurnFinishedChunk",
-            approval_resolved="ApprovalResolvedChunk",
-            restarted="RestartedChunk",
-            stream_reset="StreamResetChunk",
-        ),
-    },
-    "AssistantChunk": {"oneOf": [ref("TokenDelta"), ref("AssistantMessage")]},
+CHUNKS: dict[str, Schema] = {
     "TokenDelta": record(
         {"type": only("assistant_message"), "token": TEXT, "is_final": only(False)},
         description="A piece of what an agent says; the whole of it follows as an `AssistantMessage`.",
@@ -201,6 +191,35 @@ SCHEMAS: dict[str, Schema] = {
         },
         description=prose(RESET),
     ),
+}
+
+
+def _with_number(chunk: Schema) -> Schema:
+    return {
+        **chunk,
+        "properties": {"id": COUNT, **chunk["properties"]},
+        "required": ["id", *chunk["required"]],
+    }
+
+
+SCHEMAS: dict[str, Schema] = {
+    "Chunk": {
+        "description": "The data of one frame of an event stream.",
+        **told_apart(
+            "type",
+            assistant_message="AssistantChunk",
+            tool_call="ToolCallChunk",
+            agent_switched="AgentSwitchedChunk",
+            error="ErrorChunk",
+            turn_started="TurnStartedChunk",
+            turn_finished="TurnFinishedChunk",
+            approval_resolved="ApprovalResolvedChunk",
+            restarted="RestartedChunk",
+            stream_reset="StreamResetChunk",
+        ),
+    },
+    "AssistantChunk": {"oneOf": [ref("TokenDelta"), ref("AssistantMessage")]},
+    **CHUNKS,
     "StreamEnd": record(
         {"status": only("completed")},
         description="The data of `event: done`: this answer has ended. How its turn ended is told by `turn_finished`.",
@@ -214,6 +233,14 @@ SCHEMAS: dict[str, Schema] = {
             agent_switched="AgentSwitchedChunk",
             error="SocketErrorChunk",
         ),
+    },
+    "NumberedChunk": {
+        "description": prose(NUMBERED),
+        "oneOf": [
+            *({**_with_number(chunk), "title": f"Numbered{name}"} for name, chunk in CHUNKS.items()),
+            record({"id": COUNT, "type": only("stream_position")}, title="StreamPosition"),
+            ref("SocketErrorChunk"),
+        ],
     },
     "SocketErrorChunk": {"oneOf": [ref("ErrorChunk"), ref("SocketError")]},
     "SocketError": record(

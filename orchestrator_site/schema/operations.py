@@ -166,7 +166,13 @@ SOCKET = """
 Each text frame is one JSON object. Clients send a `SocketMessage` and receive the `SocketChunk`s that answer it: whole
 chunks, without token deltas, the frames of turns and decisions, any end of a turn, and what others bring about.
 Messages are answered one after the other, and up to 16 wait. What goes wrong is a `SocketError`, and the socket stays
-open. Binary frames (1003) and messages beyond 4 MiB (1009) end the connection; a server that stops closes with 1012.
+open. Binary frames (1003), messages beyond 4 MiB (1009) and pings that nobody answers (1011) end the connection; a
+server that stops closes with 1012.
+
+With `tokens=1` its own answers come as a `NumberedChunk` each, with token deltas before the whole texts. With `live=1`
+everything that happens in the session does, from now on or past the number `after`, whoever brings it about, its own
+answers among the rest and once; messages are stored as they come. A session that is not there yet is followed from its
+first message. When the session is deleted the connection ends with 4404.
 
 Pages of a foreign origin are refused. Whether a client may come without a key is told by `WS_WITHOUT_KEY`; a wrong one
 never may.
@@ -176,11 +182,43 @@ Exactly one decision counts, whatever path it comes by. `approve` and `edit` rel
 executes it, `reject` answers it with the feedback. With `args_hash` it is refused when something else would run.
 """
 
+READINESS = """
+`degraded` serves all the same: there is nobody who runs turns, or processes hear of each other late. `unavailable` is
+answered with 503: the database is away, or the process stops. Answered within two seconds, from what was found within
+the last.
+"""
+ROOT = [{"url": "/"}]
+NOT_READY: Schema = {
+    **answer("Readiness", "It cannot, at the moment.")["200"],
+    "headers": {**REQUEST_ID_HEADER, "Retry-After": {"$ref": "#/components/headers/RetryAfter"}},
+}
+
 # --- The table -----------------------------------------------------------------------------------------------------
 
 OPERATIONS: dict[str, dict[str, Schema]] = {
     "/health": {
         "get": operation("health", "service", "Whether the server is well", answer("Health", "It is."), security=[])
+    },
+    "/healthz": {
+        "get": operation(
+            "read_liveness",
+            "service",
+            "Whether the process answers",
+            answer("Alive", "It does, whatever else is broken."),
+            security=[],
+            servers=ROOT,
+        )
+    },
+    "/readyz": {
+        "get": operation(
+            "read_readiness",
+            "service",
+            "Whether the process can serve, and what is missing",
+            {**answer("Readiness", "It can."), "503": NOT_READY},
+            description=READINESS,
+            security=[],
+            servers=ROOT,
+        )
     },
     "/sessions": {
         "get": operation(
@@ -470,13 +508,22 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
             ForeignOrigin,
             NotFound,
             TooManyStreams,
-            parameters=(IN_SESSION,),
+            Invalid,
+            UnknownSession,
+            Unavailable,
+            parameters=(
+                IN_SESSION,
+                query("tokens", {**FLAG, "default": False}, example=True, description="Token deltas too."),
+                query("live", {**FLAG, "default": False}, example=True, description="Everything of the session."),
+                query("after", POSITION, description="Of a live one: the number after which to go on."),
+            ),
             description=SOCKET,
             security=[{"InternalAuth": []}, {"Bearer": []}, {}],
             **{
                 "x-websocket": {
                     "sends": ref("SocketMessage"),
                     "receives": ref("SocketChunk"),
+                    "receives with tokens or live": ref("NumberedChunk"),
                     "examples": {name: {"value": message} for name, message in SOCKET_EXAMPLES.items()},
                 }
             },

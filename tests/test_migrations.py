@@ -132,5 +132,5 @@ def test_a_team_that_another_version_has_stored_is_read_by_the_columns_that_are_
 
     read = Team.of(json.dumps(stored))
 
-    assert read.agents["coder"].system_prompt == Team.now().agents["coder"].system_prompt
+    assert read.agents["coder"].prompt == Team.now().agents["coder"].prompt
     assert read.agents["coder"].temperature == Agent._meta.get_field("temperature").get_default()

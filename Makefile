@@ -1,12 +1,16 @@
-# Two commands: `make run` and `make test`. Each installs what it needs first.
+# Three commands: `make run`, `make scaled` and `make test`. Each installs what it needs first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-postgres lint bench screenshots lock
+.PHONY: run scaled test test-postgres lint bench screenshots lock
 
 run: $(VENV)/installed
 	@$(BIN)/python -m orchestrator_site.serve
+
+# Two web processes and two workers on PostgreSQL and Redis, behind nginx.
+scaled: $(VENV)/installed
+	@$(BIN)/python -m orchestrator_site.scaled
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

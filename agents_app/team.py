@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from django.db.models import Model
+
 from agents_app.llm import ModelError
 from agents_app.models import Agent, ApprovalRule, TeamVersion, Tool
 from agents_app.tools import Toolbox
@@ -43,9 +45,9 @@ class Team:
     @classmethod
     def _of(cls, rows: Rows) -> "Team":
         agents, tools, rules = (
-            [Agent(**row) for row in rows["agents"]],
-            [Tool(**row) for row in rows["tools"]],
-            [ApprovalRule(**row) for row in rows["rules"]],
+            [Agent(**_known(Agent, row)) for row in rows["agents"]],
+            [Tool(**_known(Tool, row)) for row in rows["tools"]],
+            [ApprovalRule(**_known(ApprovalRule, row)) for row in rows["rules"]],
         )
         return cls(
             {agent.name: agent for agent in agents},
@@ -83,6 +85,11 @@ def _rows() -> Rows:
     while (again := _read()) != read:
         read = again
     return read
+
+
+def _known(model: type[Model], row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that this process knows: while a new version is rolled out, turns are pinned by both."""
+    return {field.attname: row[field.attname] for field in model._meta.concrete_fields if field.attname in row}
 
 
 def _read() -> Rows:

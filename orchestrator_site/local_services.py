@@ -4,17 +4,19 @@ For trying the scaled mode and for tests. Whoever starts one stops it; what it s
 """
 
 import os
-import pwd
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
+# Where Debian keeps the programs of each version, which are not in PATH.
+POSTGRES_FOLDER = Path("/usr/lib/postgresql")
 READY_SECONDS = 30
 # PostgreSQL refuses to run as root; Debian's package brings this user.
 POSTGRES_USER = "postgres"
@@ -35,9 +37,10 @@ class Service:
 
     name = ""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, password: str = "") -> None:
         self.folder = folder
-        self.port = _free_port()
+        self.password = password
+        self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,17 +51,25 @@ class Service:
         """Start it and wait until it answers. Raises ServiceMissing, ServiceFailed."""
         raise NotImplementedError
 
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None and self.is_running:
             self.process.send_signal(how)
             self.process.wait(READY_SECONDS)
 
-    def _run(self, command: list[str], answers: Callable[[], bool], **whose: Any) -> None:
+    def _run(self, command: list[str], answers: Callable[[], bool], *, says: str = "", **how: Any) -> None:
+        """Run the command and wait until it answers; `says` is what it reads on its standard input."""
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C is for whoever started it, who stops it when nobody needs it any more.
             self.process = subprocess.Popen(  # noqa: S603 (our own command)
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **whose
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, **how
             )
+        if self.process.stdin is not None:
+            self.process.stdin.write(says.encode())
+            self.process.stdin.close()
         deadline = time.monotonic() + READY_SECONDS
         while not answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -68,15 +79,15 @@ class Service:
 
 
 class PostgreSQL(Service):
-    """Whoever may connect to the port is let in: it is not for machines with users who do not trust each other.
+    """Without a password, whoever may connect to the port is let in; only what is thrown away may be kept so.
 
     `durable`: as a server has to be that keeps something; without, it is fast.
     """
 
     name = "postgresql"
 
-    def __init__(self, folder: Path, *, durable: bool = True) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, *, password: str = "", durable: bool = True) -> None:
+        super().__init__(folder, password=password)
         self.durable = durable
         self._data = folder / "data"
         self._whose: dict[str, Any] = {}
@@ -84,10 +95,11 @@ class PostgreSQL(Service):
             self._whose = {"user": POSTGRES_USER, "group": POSTGRES_USER, "extra_groups": [], "cwd": "/"}
 
     def url(self, database: str) -> str:
-        return f"postgres://{POSTGRES_USER}@{HOST}:{self.port}/{database}"
+        user = f"{POSTGRES_USER}:{self.password}" if self.password else POSTGRES_USER
+        return f"postgres://{user}@{HOST}:{self.port}/{database}"
 
     def start(self) -> None:
-        server = _installed("postgres", "postgresql", *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True))
+        server = _installed("postgres", "postgresql")
         if not (self._data / "PG_VERSION").exists():
             self._make(server.with_name("initdb"))
         settings = {
@@ -108,14 +120,19 @@ class PostgreSQL(Service):
         self.folder.mkdir(parents=True, exist_ok=True)
         self._data.mkdir(mode=0o700, exist_ok=True)
         if self._whose:
-            user = pwd.getpwnam(POSTGRES_USER)
-            os.chown(self._data, user.pw_uid, user.pw_gid)
+            shutil.chown(self._data, POSTGRES_USER, POSTGRES_USER)
         # Texts in the order of their characters, everywhere the same, and letters of every script.
-        command = [initdb, "-D", self._data, "-U", POSTGRES_USER, "--auth=trust", "-E", "UTF8", "--locale=C.UTF-8"]
+        command = [initdb, "-D", self._data, "-U", POSTGRES_USER, "-E", "UTF8", "--locale=C.UTF-8"]
         sync = [] if self.durable else ["--no-sync"]
-        made = subprocess.run(  # noqa: S603 (our own command)
-            [*map(str, command), *sync], capture_output=True, text=True, check=False, **self._whose
-        )
+        with tempfile.NamedTemporaryFile("w") as secret:
+            secret.write(self.password)
+            secret.flush()
+            if self._whose:
+                shutil.chown(secret.name, POSTGRES_USER)
+            auth = ["--auth=scram-sha-256", f"--pwfile={secret.name}"] if self.password else ["--auth=trust"]
+            made = subprocess.run(  # noqa: S603 (our own command)
+                [*map(str, command), *auth, *sync], capture_output=True, text=True, check=False, **self._whose
+            )
         if made.returncode:
             raise ServiceFailed(f"initdb: {made.stderr.strip()}")
 
@@ -134,32 +151,42 @@ class Redis(Service):
 
     @property
     def url(self) -> str:
-        return f"redis://{HOST}:{self.port}/0"
+        return f"redis://:{self.password}@{HOST}:{self.port}/0" if self.password else f"redis://{HOST}:{self.port}/0"
 
     def start(self) -> None:
         server = _installed("redis-server", "redis-server")
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {"bind": HOST, "port": str(self.port), "dir": str(self.folder), "save": "", "appendonly": "no"}
-        options = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        self._run([str(server), *options], self._answers)
+        if self.password:
+            settings["requirepass"] = self.password
+        # Not as arguments, which everybody on the machine can read.
+        lines = "".join(f'{name} "{value}"\n' for name, value in settings.items())
+        self._run([str(server), "-"], self._answers, says=lines)
 
     def _answers(self) -> bool:
         try:
             with socket.create_connection((HOST, self.port), timeout=2) as connection:
                 connection.sendall(b"PING\r\n")
-                return connection.recv(16).startswith(b"+PONG")
+                return connection.recv(16).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
 
 
-def _installed(program: str, package: str, *folders: Path) -> Path:
-    found = shutil.which(program, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)]))
+def find(program: str) -> Path | None:
+    folders = sorted(POSTGRES_FOLDER.glob("*/bin"), reverse=True)
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath), "/usr/sbin"])
+    found = shutil.which(program, path=path)
+    return Path(found) if found else None
+
+
+def _installed(program: str, package: str) -> Path:
+    found = find(program)
     if found is None:
         raise ServiceMissing(f"{program} is not installed: apt-get install {package}")
-    return Path(found)
+    return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

@@ -97,7 +97,7 @@ def ensure_superuser() -> str | None:
     return made
 
 
-def banner(made: dict[str, str], password: str | None) -> str:
+def banner(made: dict[str, str], password: str | None, *more: str) -> str:
     """What to open and what to try. Secrets are shown in the start that made them, and never again."""
     from django.conf import settings
 
@@ -116,6 +116,7 @@ def banner(made: dict[str, str], password: str | None) -> str:
             *([f"  API key  {key}"] if key else []),
             f"  Admin    {address}/admin/{login}",
             f"  Model    {settings.LLM_BASE_URL or 'the offline demo model (set LLM_BASE_URL for a real one)'}",
+            *more,
             "",
             f"  {kept} and password are kept in {ENV_FILE.name}, unless you set them yourself.",
             "",

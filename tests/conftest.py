@@ -9,7 +9,7 @@ import pytest
 from django.test import Client
 from playwright.sync_api import Browser, sync_playwright
 
-from orchestrator_site.local_services import Redis
+from orchestrator_site.local_services import Redis, find
 from tests import databases, scaled
 from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import ScriptedLLM
@@ -154,10 +154,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 NEEDS = {
     "browser": ("an installed Chromium", CHROMIUM is None),
     "redis": ("an installed redis-server", shutil.which("redis-server") is None),
+    "nginx": ("an installed nginx", find("nginx") is None),
     "sqlite": ("SQLite as its database (`make test`)", ON_POSTGRESQL),
     "postgresql": ("PostgreSQL as its database (`make test-postgres`)", not ON_POSTGRESQL),
 }
-INSTALLED_ON_CI = {"browser", "redis"}
+INSTALLED_ON_CI = {"browser", "redis", "nginx"}
 # How many tests each marker left out; with xdist what the workers counted, the same each.
 left_out: dict[str, int] = {}
 

@@ -47,7 +47,6 @@ def behind(tmp_path: Path, scaled_template: Path, llm: ScriptedLLM) -> Iterator[
         installed(tmp_path, scaled_template, llm, TURN_LEASE_SECONDS="600", DATABASE_URL=way.url) as started,
     ):
         yield started, way
-        way.open()
 
 
 @pytest.fixture
@@ -358,6 +357,7 @@ def test_a_worker_ends_without_its_database_and_its_turns_go_on_elsewhere(behind
 
     way.open()
     gate.open()
+    eventually(lambda: scaled.web.http.get("/sessions").status_code == 200)
     databases.change(scaled.database, "UPDATE sessions_app_turn SET lease_until = now()")
     scaled.add_worker()
     answered(scaled, TWENTY, "Half a sentence.")

@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 run: $(VENV)/installed
 	@$(BIN)/python -m orchestrator_site.serve
 
+# The tests are compiled once, not again by each of their processes, whatever the shell says of bytecode.
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

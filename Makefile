@@ -12,12 +12,13 @@ run: $(VENV)/installed
 scaled: $(VENV)/installed
 	@$(BIN)/python -m orchestrator_site.scaled
 
+# The tests are compiled once, not again by each of their processes, whatever the shell says of bytecode.
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The same tests with PostgreSQL as the database: a server of their own, which is started and stopped with them.
 test-postgres: $(VENV)/installed-dev
-	@TEST_DATABASE=postgres $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= TEST_DATABASE=postgres $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -190,10 +190,14 @@ async def used(bench: Bench, seconds: float) -> float:
     return (cpu_seconds(bench.server.pid) - cpu) / seconds
 
 
+def _as_before(now: Held, before: Held) -> bool:
+    return now.files <= before.files + POOL and now.threads <= before.threads + POOL
+
+
 async def settled(bench: Bench, before: Held) -> Held:
     """What it holds when what was closed is let go of."""
     ends = time.monotonic() + 10
-    while (now := bench.held()).files > before.files + POOL and time.monotonic() < ends:  # noqa: ASYNC110
+    while not _as_before(now := bench.held(), before) and time.monotonic() < ends:  # noqa: ASYNC110
         await asyncio.sleep(0.1)
     return now
 

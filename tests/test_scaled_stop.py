@@ -200,6 +200,8 @@ def test_who_keeps_a_connection_is_answered_and_told_that_it_closes(web: Server)
     assert (stream.status, stream.headers["retry-after"], stream.headers["connection"]) == (503, "1", "close")
     assert json.loads(stream.read())["code"] == "unavailable"
     assert web.end() == 0
+    for connection in kept:
+        connection.close()
 
 
 def test_whoever_could_connect_to_a_stopping_web_process_is_answered(web: Server) -> None:

@@ -395,21 +395,16 @@ def test_a_turn_whose_write_failed_is_released_and_its_runner_is_not_taken_for_d
     # Long enough for a slow machine to release it before its lease runs out.
     with (
         running(tmp_path, migrated, LLM_BASE_URL=llm.url, TURN_LEASE_SECONDS="10") as server,
-        closing(sqlite3.connect(server.database, isolation_level=None)) as intruder,
         ThreadPoolExecutor(1) as pool,
     ):
         on_coder(server, session_id)
         talking = pool.submit(server.say, session_id, "go")
         first.reached.wait()
-        intruder.execute(
-            "CREATE TRIGGER refuse BEFORE INSERT ON messages_app_message WHEN NEW.role = 'assistant'"
-            " BEGIN SELECT json('no json'); END"
-        )
-        first.open()
-        eventually(lambda: "turn_abandoned" in server.log.read_text())
-        intruder.execute("DROP TRIGGER refuse")
+        with databases.refusing(server.database, "messages_app_message", "NEW.role = 'assistant'"):
+            first.open()
+            eventually(lambda: "turn_abandoned" in server.log.read_text())
         second.reached.wait(20)
-        lost = intruder.execute("SELECT attempt, lost_count FROM sessions_app_turn").fetchone()
+        [lost] = databases.rows(server.database, "SELECT attempt, lost_count FROM sessions_app_turn")
         second.open()
 
         assert talking.result(30)[-2].data["status"] == "completed"

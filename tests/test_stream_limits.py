@@ -101,6 +101,7 @@ def test_a_peer_that_answers_no_ping_is_cut_and_gives_back_its_place(tmp_path: P
         received = b""
         while not received.endswith(b"keepalive ping timeout"):
             received += gone.recv(1000)
+            assert received.count(b"\x89\x04") < 10, "it is pinged for ever"
 
         assert b"\x89\x04" in received, "it was pinged"
         assert received.endswith(b"\x88\x18\x03\xf3keepalive ping timeout")  # 1011

@@ -1,6 +1,5 @@
 """Claims, leases and fences: of two runners only one can write."""
 
-import asyncio
 from dataclasses import replace
 
 import pytest
@@ -10,11 +9,9 @@ from django.utils import timezone
 
 from events_app import log
 from events_app.chunks import AgentSwitched, encode
-from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.models import StreamBatch
 from messages_app import claims, ending, steps
-from messages_app.runner import Runner
 from messages_app.turn_stream import BLOCK, Step, TurnStream
 from sessions_app import lifecycle
 from sessions_app.models import CancelRequested, LostClaim, Session, Turn, TurnMoved
@@ -315,22 +312,3 @@ def damage(session_id: str) -> None:
 
 def _switched() -> AgentSwitched:
     return AgentSwitched("coder", "ask", "because", is_final=True)
-
-
-@pytest.mark.django_db(transaction=True)
-def test_a_session_that_comes_to_a_stopping_runner_is_told_to_another() -> None:
-    turn = make_turn(make_session())
-    told: list[bool] = []
-
-    async def stopped() -> None:
-        feed.attach(asyncio.get_running_loop(), on_wake=lambda: told.append(True))
-        runner = Runner()
-        runner.begin_stopping()
-        await runner.run_in("s")
-        await asyncio.sleep(0)
-        feed.detach()
-
-    asyncio.run(stopped())
-
-    turn.refresh_from_db()
-    assert (turn.status, told) == ("queued", [True])

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,10 @@ def test_a_start_imports_no_heavy_library_that_it_does_not_need() -> None:
     )
 
     assert outcome.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_tests_that_commit_are_in_files_of_their_own() -> None:
+    """The rows that migrations seed are gone after them, so they come last, and a file is run as a whole."""
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        marks = set(re.findall(r"pytest\.mark\.django_db\b(?:\(([^)]*)\))?", file.read_text()))
+        assert marks <= {"transaction=True"} or marks <= {""}, file

@@ -21,6 +21,11 @@ class BoundedSocketProtocol(WebSocketsSansIOProtocol):
 
     # --- the handshake ---
 
+    def shutdown(self) -> None:
+        """Asked for twice when the process stops: by `web.Server`, and by uvicorn for those that are still there."""
+        if not self.transport.is_closing():
+            super().shutdown()
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.transport.is_closing():

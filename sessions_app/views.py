@@ -14,6 +14,7 @@ from rest_framework.views import APIView
 
 from events_app.database import read
 from events_app.feed import feed
+from events_app.frames import PING
 from events_app.stream import Place, follow, until_old, wire_of
 from orchestrator_site.http import allow, boolean, caller_in, json_body, whole_number, wire_time
 from sessions_app import following, lifecycle
@@ -125,10 +126,14 @@ async def session_stream(request: HttpRequest, session_id: str) -> HttpResponseB
 
 
 async def _everything(session_id: str, start: Start) -> AsyncGenerator[bytes, None]:
-    # Readers that are cut together, by a process that stops or dies, do not come back together.
-    yield b"retry: %d\n\n" % random.randint(*RETRY_MS)  # noqa: S311 (no secret)
     if start.reset is not None:
         yield start.reset.wire
     async with aclosing(follow(session_id, after=start.after)) as batches:
         async for frames in batches:
-            yield wire_of(frames)
+            yield wire_of(frames) if frames else _come_back() + PING
+    yield _come_back() + b"\n"
+
+
+def _come_back() -> bytes:
+    """Readers that are cut together, by a process that stops or dies, do not come back together."""
+    return b"retry: %d\n" % random.randint(*RETRY_MS)  # noqa: S311 (no secret)

@@ -134,7 +134,8 @@ def test_open_streams_hold_no_threads_and_no_database_connections(
             )
 
         with many_streams(server, ["busy", *["quiet"] * (STREAMS - 1)]) as streams:
-            assert costs_nothing().files >= before.files + STREAMS
+            # But for files of database connections that have been closed meanwhile.
+            assert costs_nothing().files >= before.files + STREAMS - SLACK
 
             gate = Gate()
             llm.script(gated(say("one two"), gate))

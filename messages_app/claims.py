@@ -40,14 +40,19 @@ def claim_turns(owner: str, limit: int) -> list[Begun]:
     return begun + _claim(owner, list(Turn.objects.claimable().trusted().values_list("pk", "session_id")[:room]))
 
 
-def claim_in(owner: str, session_id: str) -> Begun | None:
-    """The same for the one turn of a session that may run now, if there is one; for a suspect one perhaps another."""
-    found = Turn.objects.claimable().filter(session=session_id)
-    if (turn_id := found.trusted().values_list("pk", flat=True).first()) is not None:
-        begun = _claim(owner, [(turn_id, session_id)])
-    else:
-        begun = _claim_suspects(owner, 1) if found.exists() else []
-    return begun[0] if begun else None
+def claim_in(owner: str, session_ids: Sequence[str]) -> tuple[dict[str, Begun], set[str]]:
+    """The same for the turns of these sessions that may run now, one of each; for a suspect one perhaps another.
+
+    Also returns the sessions of which somebody else has the lock, or had: asked for alone, they are waited for.
+    """
+    found = Turn.objects.claimable().filter(session__in=session_ids)
+    trusted = list(found.trusted().values_list("pk", "session_id"))
+    begun = {claim.session_id: (claim, frames) for claim, frames in _claim(owner, trusted)}
+    sessions_of_suspects = list(found.suspect().values_list("session_id", flat=True))
+    if sessions_of_suspects:
+        suspects = _claim_suspects(owner, len(sessions_of_suspects))
+        begun |= dict(zip(sessions_of_suspects, suspects, strict=False))
+    return begun, {session_id for _, session_id in trusted} - begun.keys()
 
 
 def _claim_suspects(owner: str, limit: int) -> list[Begun]:

@@ -43,6 +43,8 @@ class Runner:
         self._streams: dict[uuid.UUID, TurnStream] = {}
         self._abandoned: list[Claim] = []
         self._running: set[asyncio.Task[Any]] = set()
+        self._asked: list[tuple[str, asyncio.Future[tuple[claims.Begun | None, bool]]]] = []
+        self._claiming: asyncio.Task[None] | None = None
         self._clocks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -94,11 +96,39 @@ class Runner:
             self._running.add(task)
             task.add_done_callback(self._running.discard)
         while not self.is_stopping:
-            begun = await hop(claims.claim_in, self.owner, session_id)
+            begun = await self._claim_in(session_id)
             if begun is None:
                 return
             await self.run(*begun)
         await _try(hop(lifecycle.wake_runner, session_id))
+
+    async def _claim_in(self, session_id: str) -> claims.Begun | None:
+        """The session's turn that may run now, claimed together with those of all who ask in the meantime."""
+        answer: asyncio.Future[tuple[claims.Begun | None, bool]] = asyncio.get_running_loop().create_future()
+        self._asked.append((session_id, answer))
+        if self._claiming is None:
+            self._claiming = asyncio.create_task(self._claim_asked())
+        begun, is_locked = await answer
+        if is_locked:
+            alone, _ = await hop(claims.claim_in, self.owner, [session_id])
+            begun = alone.get(session_id)
+        return begun
+
+    async def _claim_asked(self) -> None:
+        """While some turns are claimed the next ones gather: many cost little more than one."""
+        while self._asked:
+            asked, self._asked = self._asked[: claims.CLAIMS_AT_ONCE], self._asked[claims.CLAIMS_AT_ONCE :]
+            try:
+                begun, locked = await hop(claims.claim_in, self.owner, [session_id for session_id, _ in asked])
+            except Exception as error:
+                for _, answer in asked:
+                    if not answer.done():
+                        answer.set_exception(error)
+            else:
+                for session_id, answer in asked:
+                    if not answer.done():
+                        answer.set_result((begun.pop(session_id, None), session_id in locked))
+        self._claiming = None
 
     async def run(self, claim: Claim, frames: list[Frame]) -> None:
         """Run a turn that this runner has claimed; `frames` are those that its claim has logged."""

@@ -6,6 +6,7 @@ import pytest
 from django.db import IntegrityError, connection, transaction
 from django.db.models.functions import Now
 from django.utils import timezone
+from pytest_django import DjangoAssertNumQueries
 
 from events_app import log
 from events_app.chunks import AgentSwitched, encode
@@ -312,3 +313,15 @@ def damage(session_id: str) -> None:
 
 def _switched() -> AgentSwitched:
     return AgentSwitched("coder", "ask", "because", is_final=True)
+
+
+def test_turns_of_many_sessions_cost_hardly_more_statements_than_one(
+    django_assert_max_num_queries: DjangoAssertNumQueries,
+) -> None:
+    turns = [make_turn(make_session(f"s{number}")) for number in range(20)]
+
+    with django_assert_max_num_queries(30):
+        begun, locked = claims.claim_in("one", [turn.session_id for turn in turns])
+
+    assert {claim.turn_id for claim, _ in begun.values()} == {turn.pk for turn in turns}
+    assert locked == set()

@@ -102,6 +102,19 @@ def test_a_step_takes_the_session_before_the_turn_as_everybody_does(elsewhere: E
     assert step.result(10) == ([], None)
 
 
+def test_a_session_that_somebody_has_locked_holds_up_no_other_and_is_waited_for_alone(elsewhere: Elsewhere) -> None:
+    free, locked = make_turn(make_session("free")), make_turn(make_session("locked"))
+
+    with transaction.atomic():
+        Session.objects.locked().get(pk="locked")
+        begun, left = elsewhere.do(lambda: claims.claim_in("one", ["free", "locked"])).result(10)
+        alone = elsewhere.do(lambda: claims.claim_in("one", ["locked"]))
+        wait_for_a_lock(alone)
+
+    assert (begun["free"][0].turn_id, left) == (free.pk, {"locked"})
+    assert alone.result(10)[0]["locked"][0].turn_id == locked.pk
+
+
 def test_a_lease_that_runs_out_while_its_renewal_waits_is_not_renewed(elsewhere: Elsewhere) -> None:
     session = make_session()
     turn = make_turn(session)

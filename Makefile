@@ -31,6 +31,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/streams.py
+	$(BIN)/python benchmarks/scaled.py
 
 screenshots: $(VENV)/installed-dev
 	$(BIN)/python docs/take_screenshots.py

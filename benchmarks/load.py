@@ -4,7 +4,8 @@
 
 Prints `ready` when its sessions exist and starts the turns at the first line on its standard input. Prints `streaming`
 when every stream has its first token, and one line of JSON at the end. While the turns run it does nothing with what
-it receives but note when it came; everything is read afterwards.
+it receives but note when it came; everything is read afterwards. With `--follow`, every session has a follower besides,
+at another server's port.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -29,6 +30,7 @@ import uvloop
 TOKEN = re.compile(rb'"token":"([^"]*)"')
 WHOLE = re.compile(rb'"type":"assistant_message","content":"([^"]*)"')
 COMPLETED = re.compile(rb'"type":"turn_finished","turn_id":"[^"]*","status":"completed"')
+FINISHED = b'"type":"turn_finished"'
 PATIENCE = 60.0
 
 
@@ -59,8 +61,8 @@ class Turn:
     def raw(self) -> bytes:
         return b"".join(piece for _, piece in self.pieces)
 
-    def problem(self, expected: int) -> str | None:
-        """Why this turn failed, or None."""
+    def problem(self, expected: int, *, is_whole_session: bool) -> str | None:
+        """Why this turn failed, or None. A stream of the whole session has no end of its own."""
         status = self.raw.partition(b"\r\n")[0].decode(errors="replace")
         if not status.startswith("HTTP/1.1 200 "):
             return status or "no answer"
@@ -70,7 +72,7 @@ class Turn:
             return f"{len(whole)} whole answers with {whole} tokens"
         if not COMPLETED.search(body):
             return "the turn did not complete"
-        if b"event: done" not in body:
+        if not is_whole_session and b"event: done" not in body:
             return "the stream broke off"
         return None
 
@@ -100,7 +102,8 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.turn.asked_at = time.monotonic_ns()
-        cast(asyncio.Transport, transport).write(self.request)
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
         self.turn.pieces.append((time.monotonic_ns(), data))
@@ -112,11 +115,30 @@ class Client(asyncio.Protocol):
         self.ended.set()
 
 
+class Follower(Client):
+    """A reader of the whole session's stream, which does not end with the turn: it is left then."""
+
+    def __init__(self, turn: Turn, request: bytes) -> None:
+        super().__init__(turn, request)
+        self.follows = asyncio.Event()
+        self.before = b""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.follows.set()
+        # The mark may lie across pieces.
+        data = self.before + data
+        if FINISHED in data:
+            self.ended.set()
+        self.before = data[-len(FINISHED) :]
+
+
 class Load:
-    def __init__(self, port: int, key: str, *, routed: bool) -> None:
+    def __init__(self, port: int, key: str, *, routed: bool, other: int | None = None) -> None:
         self.port = port
         self.key = key
         self.routed = routed
+        self.other = other
 
     def sessions(self, count: int) -> list[str]:
         """New sessions; on the coder from the start, unless their messages are to be routed."""
@@ -138,24 +160,42 @@ class Load:
         if response.status != expected:
             raise RuntimeError(f"POST {path}: {response.status} {text[:200]!r}")
 
+    async def follow(self, session_ids: list[str]) -> list[Follower]:
+        """Readers of these sessions' streams, at the other server; each has its answer by now."""
+        if self.other is None:
+            return []
+        followers = [Follower(Turn(session_id), self._following(session_id)) for session_id in session_ids]
+        for follower in followers:
+            await self._open(follower, self.other)
+        await together(follower.follows for follower in followers)
+        return followers
+
     async def run(
-        self, session_ids: list[str], *, on_streaming: Callable[[], None] = lambda: None
+        self,
+        session_ids: list[str],
+        followers: Sequence[Follower] = (),
+        *,
+        on_streaming: Callable[[], None] = lambda: None,
     ) -> tuple[list[Turn], int]:
         """One turn in each session, all at once, to the end of every stream; and when all of them streamed."""
         turns = [Turn(session_id) for session_id in session_ids]
         clients = [Client(turn, self._message(turn.session_id)) for turn in turns]
-        opened = await asyncio.gather(*[self._open(client) for client in clients])
+        await asyncio.gather(*[self._open(client, self.port) for client in clients])
         await together(client.streams for client in clients)
         streaming_at = time.monotonic_ns()
         on_streaming()
-        await together(client.ended for client in clients)
-        for transport in opened:
-            transport.close()
+        await together(client.ended for client in [*clients, *followers])
+        for client in [*clients, *followers]:
+            client.transport.close()
         return turns, streaming_at
 
-    async def _open(self, client: Client) -> asyncio.BaseTransport:
-        transport, _ = await asyncio.get_running_loop().create_connection(lambda: client, "127.0.0.1", self.port)
-        return transport
+    async def _open(self, client: Client, port: int) -> None:
+        await asyncio.get_running_loop().create_connection(lambda: client, "127.0.0.1", port)
+
+    def _following(self, session_id: str) -> bytes:
+        return (
+            f"GET /sessions/{session_id}/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Internal-Auth: {self.key}\r\n\r\n"
+        ).encode()
 
     def _message(self, session_id: str) -> bytes:
         message = {"type": "user_message", "content": "Please write the function that we spoke of."}
@@ -180,7 +220,7 @@ def percentile(values: list[float], share: float) -> float:
     return ranked[min(len(ranked) - 1, int(len(ranked) * share))] if ranked else float("nan")
 
 
-def report(turns: list[Turn], expected: int, streaming_at: int) -> dict[str, object]:
+def report(turns: list[Turn], expected: int, streaming_at: int, *, is_whole_session: bool = False) -> dict[str, object]:
     ages, steady, firsts, lasts, problems = [], [], [], [], []
     lost = repeated = disordered = 0
     for turn in turns:
@@ -194,7 +234,7 @@ def report(turns: list[Turn], expected: int, streaming_at: int) -> dict[str, obj
         firsts += [(read_at - turn.asked_at) / 1e6 for _, _, read_at in tokens[:1]]
         # By the monotonic clock, which all processes share: until the first of these moments all streamed.
         lasts += [read_at for _, _, read_at in tokens[-1:]]
-        if problem := turn.problem(expected):
+        if problem := turn.problem(expected, is_whole_session=is_whole_session):
             problems.append(problem)
     return {
         "turns": len(turns),
@@ -227,17 +267,28 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=200, help="how many each answer has to have")
     parser.add_argument("--routed", action="store_true", help="let the orchestrator route every message")
+    parser.add_argument("--follow", type=int, help="port of the server at which every session has a follower")
     arguments = parser.parse_args()
 
-    load = Load(arguments.port, os.environ["INTERNAL_API_KEY"], routed=arguments.routed)
+    uvloop.run(measure(arguments))
+
+
+async def measure(arguments: argparse.Namespace) -> None:
+    key = os.environ["INTERNAL_API_KEY"]
+    load = Load(arguments.port, key, routed=arguments.routed, other=arguments.follow)
     session_ids = load.sessions(arguments.turns)
+    followers = await load.follow(session_ids)
     print("ready", flush=True)
+    # Nothing comes before the turns begin.
     sys.stdin.readline()
 
     cpu, began = cpu_seconds(), time.monotonic()
-    turns, streaming_at = uvloop.run(load.run(session_ids, on_streaming=lambda: print("streaming", flush=True)))
+    turns, streaming_at = await load.run(session_ids, followers, on_streaming=lambda: print("streaming", flush=True))
     costs = {"seconds": time.monotonic() - began, "load_cpu_seconds": cpu_seconds() - cpu}
-    print(json.dumps({**report(turns, arguments.tokens, streaming_at), **costs}), flush=True)
+    followed = [follower.turn for follower in followers]
+    seen = report(turns, arguments.tokens, streaming_at)
+    seen["followers"] = report(followed, arguments.tokens, streaming_at, is_whole_session=True)
+    print(json.dumps({**seen, **costs}), flush=True)
 
 
 if __name__ == "__main__":

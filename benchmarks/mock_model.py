@@ -6,6 +6,7 @@ Prints its port, then serves until it is ended. It does far less per token than 
 measured is the server. A token is `<number>:<nanoseconds> `, by the monotonic clock, which all processes share.
 
 A user's message that names write_file is answered with a call of that tool, and the result of a call with a few words.
+One that asks for an answer at once gets its tokens without any delay.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import uvloop
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 ROUTED = json.dumps({"agent": "coder", "confidence": "high", "reasoning": "bench"})
 WRITE = "write_file"
+AT_ONCE = "at once"
 WRITTEN = json.dumps({"path": "src/notes.py", "content": "# A line of a file that somebody has to sign off.\n" * 20})
 CALL = {"index": 0, "id": "call_bench", "type": "function", "function": {"name": WRITE, "arguments": WRITTEN}}
 
@@ -52,7 +54,7 @@ class Connection(asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
         self.received = b""
         self.timer: asyncio.TimerHandle | None = None
-        self.began = 0.0
+        self.seconds = self.began = 0.0
         self.sent = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -81,6 +83,7 @@ class Connection(asyncio.Protocol):
             self.transport.write(HEAD + as_chunk(event({"content": "Understood."})) + ending(1))
             return
         self.transport.write(HEAD + as_chunk(event({"role": "assistant", "content": ""})))
+        self.seconds = 0.0 if AT_ONCE in last["content"] else 1 / self.rate
         self.began, self.sent = self.loop.time(), 0
         self.send_token()
 
@@ -90,7 +93,7 @@ class Connection(asyncio.Protocol):
         self.sent += 1
         if self.sent < self.tokens:
             # By a fixed timetable: a late token does not delay those behind it.
-            self.timer = self.loop.call_at(self.began + self.sent / self.rate, self.send_token)
+            self.timer = self.loop.call_at(self.began + self.sent * self.seconds, self.send_token)
         else:
             self.transport.write(ending(self.tokens))
 

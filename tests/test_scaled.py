@@ -176,7 +176,8 @@ def test_a_turn_that_nobody_was_told_of_is_found(breakable: Installation, llm: S
     worker.kill()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(breakable.web.say, "s6", "Hello")
-        eventually(lambda: breakable.rows("SELECT count(*) FROM procrastinate_jobs") == [(1,)])
+        told = "SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'run_turns'"
+        eventually(lambda: breakable.rows(told) == [(1,)])
         databases.change(breakable.database, "DELETE FROM procrastinate_jobs")
         worker.start()
 

@@ -2,6 +2,7 @@
 
 import sys
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 
 from django.core.exceptions import ImproperlyConfigured
@@ -178,13 +179,24 @@ if TURN_RUNNER == "procrastinate":
         raise ImproperlyConfigured("TURN_RUNNER procrastinate needs PostgreSQL: set DATABASE_URL to postgres://...")
     # Its migrations do not run on SQLite.
     INSTALLED_APPS.append("procrastinate.contrib.django")
-    PROCRASTINATE_WORKER_DEFAULTS = {"name": None, "concurrency": TURNS_AT_ONCE, "delete_jobs": "successful"}
+    PROCRASTINATE_WORKER_DEFAULTS = {
+        "name": None,
+        "concurrency": TURNS_AT_ONCE,
+        "delete_jobs": "successful",
+        # A job that is announced while others are fetched is found by this.
+        "fetch_job_polling_interval": 0.5,
+    }
 REDIS_URL = env.url("REDIS_URL", schemes={"redis", "rediss", "unix"})
 if REDIS_URL:
     # A server that takes connections and answers nothing must not hold anybody for longer.
     redis = {"address": REDIS_URL, "socket_connect_timeout": 1, "socket_timeout": 1}
+    # Redis's channels know no databases: another installation on the same server must not hear this one's frames.
+    installation = sha256(SECRET_KEY.encode()).hexdigest()[:16]
     CHANNEL_LAYERS = {
-        "default": {"BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer", "CONFIG": {"hosts": [redis]}}
+        "default": {
+            "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
+            "CONFIG": {"hosts": [redis], "prefix": f"countersign-{installation}"},
+        }
     }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True

@@ -184,6 +184,8 @@ def test_a_turn_is_pinned_to_a_team_that_has_been(elsewhere: Elsewhere) -> None:
 
 
 def test_a_fact_that_commits_after_one_with_a_higher_number_is_heard_of(elsewhere: Elsewhere) -> None:
+    # Numbers go on where an earlier test was, and to begin far behind would be news for everybody.
+    log.record(log.fact("session.updated", account_id=1, session_id="before"))
     facts = NewFacts()
     facts.channels()
     recorded, may_commit = threading.Event(), threading.Event()
@@ -337,7 +339,7 @@ def test_a_database_that_stops_is_503_and_what_ran_goes_on_when_it_is_back(
             for each in refused:
                 status, retry_after, took = each.result(30)
                 assert (status, retry_after > 0) == (503, True)
-                assert took < 5
+                assert took < 10  # 3 s, on a machine that does nothing else
             assert server.http.get("/health").status_code == 200
             gate.open()
             cluster.start()
@@ -350,6 +352,8 @@ def test_a_database_that_stops_is_503_and_what_ran_goes_on_when_it_is_back(
     finally:
         server.http.close()
         server.kill()
+        if cluster.process is None or cluster.process.poll() is not None:
+            cluster.start()  # other tests need it
 
 
 REQUESTS: list[tuple[str, str, dict[str, Any]]] = [

@@ -72,6 +72,7 @@ def test_a_lock_of_another_program_makes_nothing_unready(server: Server) -> None
         assert is_ready(server)
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("instead", ["nothing", "garbage", "an empty file", "a directory"])
 def test_without_its_database_it_is_alive_and_not_ready(server: Server, instead: str) -> None:
     with replaced(server) as file:
@@ -90,6 +91,7 @@ def test_without_its_database_it_is_alive_and_not_ready(server: Server, instead:
             file.rmdir()
 
 
+@pytest.mark.sqlite
 def test_a_database_that_hangs_is_named_within_two_seconds_and_asked_once(server: Server) -> None:
     with replaced(server) as file, ThreadPoolExecutor(40) as pool:
         os.mkfifo(file)  # to open it waits for somebody who writes
@@ -121,6 +123,7 @@ def threads_of(server: Server) -> int:
     return len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
 
 
+@pytest.mark.sqlite
 def test_who_asks_while_it_stops_is_sent_elsewhere(tmp_path: Path, migrated: Path) -> None:
     with running(tmp_path, migrated) as server, ThreadPoolExecutor(1) as pool, socket.socket() as asking:
         kept = server.database.rename(tmp_path / "kept")

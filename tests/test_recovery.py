@@ -1,12 +1,12 @@
 """Start-up recovery with real processes: everything is taken up once, and what kills the server is found."""
 
-import sqlite3
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import databases
 from tests.scripted_llm import Gate, Reply, ScriptedLLM, hold, silence
 from tests.server import Server, eventually, running
 
@@ -24,17 +24,12 @@ def with_turns(server: Server, count: int, *, poisoned: int = -1) -> None:
     assert outcome.returncode == 0, outcome.stderr
 
 
-def rows(server: Server, query: str) -> list[tuple[Any, ...]]:
-    with sqlite3.connect(f"file:{server.database}?mode=ro", uri=True) as database:
-        return list(database.execute(query))
-
-
-def ended(server: Server) -> Counter[tuple[str, str]]:
-    return Counter(rows(server, "SELECT status, code FROM sessions_app_turn"))
+def ended(server: Server) -> Counter[tuple[Any, ...]]:
+    return Counter(databases.rows(server.database, "SELECT status, code FROM sessions_app_turn"))
 
 
 def held(server: Server) -> int:
-    (number,) = rows(server, "SELECT count(*) FROM sessions_app_turn WHERE status = 'running'")[0]
+    (number,) = databases.rows(server.database, "SELECT count(*) FROM sessions_app_turn WHERE status = 'running'")[0]
     return int(number)
 
 
@@ -73,7 +68,7 @@ def test_a_turn_that_kills_the_server_is_parked_by_its_third_death_and_its_neigh
         llm.default = hold("", "Here again.", gate=neighbours)
         assert server.say("s007", "and now?")[-2].data["status"] == "completed"
         by_session = "SELECT count(*) FROM messages_app_message WHERE role = 'assistant' GROUP BY session_id"
-        assert rows(server, by_session) == [(1,)] * 21
+        assert databases.rows(server.database, by_session) == [(1,)] * 21
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -101,8 +96,8 @@ def test_a_hundred_open_turns_are_each_taken_up_once_by_one_process_or_two(
                 other.http.close()
                 other.kill()
 
-        claimed = Counter(rows(server, "SELECT attempt FROM sessions_app_turn"))
+        claimed = Counter(databases.rows(server.database, "SELECT attempt FROM sessions_app_turn"))
         assert claimed == {(2,): 60, (1,): 40}, "those that were interrupted once more, the others for the first time"
-        said = rows(server, "SELECT content FROM messages_app_message WHERE role = 'assistant'")
+        said = databases.rows(server.database, "SELECT content FROM messages_app_message WHERE role = 'assistant'")
         assert said == [("Half a sentence.",)] * 100
         assert len(llm.answers) == 160

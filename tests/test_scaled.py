@@ -256,3 +256,28 @@ def test_streams_go_on_while_redis_is_silent_flushed_gone_and_back(
 
         assert len(installation.web.history("s")) == 24
         assert "Traceback" not in installation.logs, installation.logs
+
+
+@pytest.mark.redis
+def test_two_installations_on_one_redis_do_not_hear_each_other(
+    tmp_path: Path, scaled_template: Path, llm: ScriptedLLM, own: Redis
+) -> None:
+    llm.route_to = "coder"
+    gate = Gate()
+    llm.script(hold("Half an ", "answer.", gate=gate))
+    (tmp_path / "other").mkdir()
+    with (
+        installed(tmp_path, scaled_template, llm, REDIS_URL=own.url) as one,
+        installed(tmp_path / "other", scaled_template, llm, workers=0, REDIS_URL=own.url, SECRET_KEY="o" * 50) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for installation in (one, other):
+            installation.web.http.post("/sessions", json={"session_id": "s"})
+        with other.web.following("s") as frames:
+            said = pool.submit(one.web.say, "s", "Hello")
+            gate.reached.wait()
+            gate.open()
+            assert said.result(20)[-1].event == "done"
+            other.web.http.delete("/sessions/s")
+
+            assert list(frames) == []

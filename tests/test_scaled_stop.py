@@ -345,6 +345,7 @@ def test_turns_are_handed_over_to_a_database_that_comes_back_in_time(behind: Beh
 
     assert (turns(scaled), owners(scaled)) == ([("running", 1, 0)] * 20, set())
     gate.open()
+    eventually(lambda: scaled.web.http.get("/sessions").status_code == 200)
     scaled.add_worker()
     answered(scaled, TWENTY, "Half a sentence.")
 

@@ -16,9 +16,10 @@ scaled: $(VENV)/installed
 test: $(VENV)/installed-dev
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# The same tests with PostgreSQL as the database: a server of their own, which is started and stopped with them.
+# The same tests with PostgreSQL as the database: a server of their own, which is started and stopped with them. Two at a
+# time: some start six processes of ours.
 test-postgres: $(VENV)/installed-dev
-	@PYTHONDONTWRITEBYTECODE= TEST_DATABASE=postgres $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= TEST_DATABASE=postgres $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

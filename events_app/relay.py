@@ -14,6 +14,7 @@ from typing import Any
 from channels.layers import get_channel_layer
 from django.conf import settings
 
+from events_app.clock import every
 from events_app.database import read
 from events_app.feed import Batch, feed
 from events_app.frames import Frame
@@ -54,13 +55,13 @@ class Relay:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._look_for_ever())]
+        self._tasks = [asyncio.create_task(every(LOOK_SECONDS, self._look))]
         if settings.REDIS_URL:
             feed.relay = self
             self._tasks += [
                 asyncio.create_task(self._send_for_ever()),
                 asyncio.create_task(self._hear_for_ever()),
-                asyncio.create_task(self._beat_for_ever()),
+                asyncio.create_task(every(BEAT_SECONDS, self._beat)),
             ]
 
     async def stop(self) -> None:
@@ -171,11 +172,9 @@ class Relay:
         for session_id in message["ends"]:
             feed.end(session_id)
 
-    async def _beat_for_ever(self) -> None:
+    async def _beat(self) -> None:
         """Say something every now and then, so that silence means that the layer is away."""
-        while True:
-            await asyncio.sleep(BEAT_SECONDS)
-            self.poke("")
+        self.poke("")
 
     def _lose(self, reason: str) -> None:
         if not self._is_away:
@@ -184,14 +183,6 @@ class Relay:
             logger.warning("layer_away", extra={"setting": "REDIS_URL", "reason": reason})
 
     # --- what nobody has told this process ---
-
-    async def _look_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            try:
-                await self._look()
-            except Exception:
-                logger.exception("look_failed")
 
     async def _look(self) -> None:
         positions = feed.followed()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class ServiceFailed(Exception):
     """A server that did not start; the text says where its log is."""
 
 
-class Service:
+class Service(ABC):
     """A server process with a folder and a port, which it keeps when it is started again."""
 
     name = ""
@@ -47,9 +48,9 @@ class Service:
     def log(self) -> Path:
         return self.folder / f"{self.name}.log"
 
+    @abstractmethod
     def start(self) -> None:
         """Start it and wait until it answers. Raises ServiceMissing, ServiceFailed."""
-        raise NotImplementedError
 
     @property
     def is_running(self) -> bool:

@@ -551,6 +551,21 @@ def test_a_command_has_its_directory_no_input_and_none_of_our_secrets(
     assert result["stdout"] == f"{root / 'src'}\nkept,,\n"
 
 
+@pytest.mark.parametrize("steps", range(1, 11))
+def test_a_command_that_is_cancelled_at_any_moment_is_killed_with_its_children(root: Path, steps: int) -> None:
+    async def cancelled() -> None:
+        running = asyncio.create_task(execute_command(root, command="sleep 300; true", shell=True))  # noqa: S604 (ours)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            # A child that is left holds the pipes, and asyncio waits for it.
+            async with asyncio.timeout(10):
+                await running
+
+    asyncio.run(cancelled())
+
+
 @pytest.mark.parametrize(
     ("command", "why"),
     [("none-such", "No such file"), ("echo 'open", "parted"), ("   ", "empty"), ("./a.md", "Permission denied")],

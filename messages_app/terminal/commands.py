@@ -62,8 +62,8 @@ async def execute_command(
     time is over or the caller is cancelled. Raises ToolError for a command that cannot be started."""
     words = ["/bin/sh", "-c", command] if shell else split(command)
     environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
-    try:
-        process = await asyncio.create_subprocess_exec(
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
             *words,
             cwd=folder,
             env=environment,
@@ -72,6 +72,16 @@ async def execute_command(
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
+    )
+    try:
+        # To its end even when the caller is cancelled: asyncio waits for ever for a process that it was to give up
+        # while it started, and kills no more than the process itself.
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with suppress(OSError, ValueError):
+            process = await starting
+            await _kill(process.pid, asyncio.ensure_future(process.wait()))
+        raise
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it cannot be passed on"
         raise ToolError(f"{words[0]}: {why}") from None

@@ -126,7 +126,7 @@ class Result:
 def request(call: ToolCall, ruling: Ruling) -> ApprovalRequest:
     """Have a stored call wait for a person."""
     # The rule may be one of the time when the turn began, and gone since; what it said is kept here.
-    rule = ApprovalRule.objects.filter(pk=ruling.rule.pk).first() if ruling.rule else None
+    rule = ApprovalRule.objects.kept(ruling.rule.pk) if ruling.rule else None
     return ApprovalRequest.objects.create(
         call=call,
         session_id=call.session_id,

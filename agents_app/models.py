@@ -3,7 +3,7 @@
 from typing import Any, Self
 
 from django.conf import settings
-from django.db import models
+from django.db import connection, models
 from django.db.models import QuerySet
 from django.db.models.functions import Now
 
@@ -88,6 +88,17 @@ class Tool(models.Model):
         return {"type": "function", "function": function}
 
 
+class ApprovalRuleQuerySet(QuerySet["ApprovalRule"]):
+    def kept(self, pk: int) -> "ApprovalRule | None":
+        """The rule, if it is still there: nobody deletes it before the transaction ends."""
+        found = self.filter(pk=pk)
+        if connection.vendor != "postgresql":
+            return found.first()  # one writer at a time
+        # The weakest lock that a deletion waits for: a stronger one would have all who ask under it wait as well.
+        sql, values = found.query.sql_with_params()
+        return next(iter(self.raw(f"{sql} FOR KEY SHARE", values)), None)
+
+
 class ApprovalRule(models.Model):
     """What happens to calls of some tools by some agents. Of all that match the strongest outcome wins."""
 
@@ -109,6 +120,8 @@ class ApprovalRule(models.Model):
         default=False, help_text="Whether the API client that drives the session may decide itself."
     )
     is_active = models.BooleanField(default=True)
+
+    objects = ApprovalRuleQuerySet.as_manager()
 
     class Meta:
         ordering = ["position", "id"]

@@ -3,6 +3,7 @@
 Threads stand for other processes: each has a connection of its own.
 """
 
+import json
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,13 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.db import connection, transaction
 from django.db.models.functions import Now
 
 from agents_app import team
-from agents_app.models import Agent, ApprovalRule, TeamVersion
+from agents_app.models import Agent, ApprovalRequest, ApprovalRule, TeamVersion, Tool
 from events_app import log
 from events_app.changes import SESSION, NewFacts
 from events_app.chunks import encode_delta
@@ -33,10 +35,12 @@ from messages_app.turn_stream import TurnStream, nothing
 from orchestrator_site.local_services import PostgreSQL
 from sessions_app import lifecycle
 from sessions_app.models import Account, Session, Turn, lease_end
-from tests.factories import claim, make_session, make_turn
+from tests.factories import claim, make_session, make_turn, make_waiting_call
+from tests.pages import PASSWORD, logged_in
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
 from tests.server import ROOT, Server, eventually, running, until
 from tests.test_stream_cost import many_streams
+from tests.test_team_admin import add, delete, errors_of
 
 pytestmark = [pytest.mark.postgresql, pytest.mark.django_db(transaction=True, serialized_rollback=True)]
 
@@ -181,6 +185,33 @@ def test_a_turn_is_pinned_to_a_team_that_has_been(elsewhere: Elsewhere) -> None:
     assert edits == []
     assert pinned.agents["coder"].allowed_tools == ["read_file"]
     assert rule.reason not in [each.reason for each in pinned.rules]
+
+
+def test_a_rule_that_is_deleted_while_a_step_asks_under_it_outlives_the_step(elsewhere: Elsewhere) -> None:
+    staff = logged_in(User.objects.create_superuser("root", password=PASSWORD))
+    session, rule = make_session(), ApprovalRule.objects.get(tool="write_file")
+
+    with transaction.atomic():
+        call = make_waiting_call(session)
+        deletion = elsewhere.do(lambda: delete(staff, rule))
+        wait_for_a_lock(deletion)
+
+    assert deletion.result(10).status_code == 302 and not ApprovalRule.objects.filter(pk=rule.pk).exists()
+    assert ApprovalRequest.objects.pending().get(call=call).rule is None
+
+
+def test_of_two_admins_who_add_the_same_tool_the_second_reads_that_it_is_there(elsewhere: Elsewhere) -> None:
+    staff = logged_in(User.objects.create_superuser("root", password=PASSWORD))
+    parameters = {"type": "object", "properties": {}}
+
+    with transaction.atomic():
+        Tool.objects.create(name="deploy", position=50, description="Mine.", parameters=parameters)
+        values = {"name": "deploy", "position": "51", "description": "Theirs.", "parameters": json.dumps(parameters)}
+        second = elsewhere.do(lambda: add(staff, Tool, **values))
+        wait_for_a_lock(second)
+
+    assert "already exists" in errors_of(second.result(10))["name"]
+    assert Tool.objects.get(name="deploy").description == "Mine."
 
 
 def test_a_fact_that_commits_after_one_with_a_higher_number_is_heard_of(elsewhere: Elsewhere) -> None:

@@ -59,6 +59,8 @@ from orchestrator_site.local_services import PostgreSQL, Redis  # not installed:
 EVERYWHERE = set(CORES)
 CONTROL_GROUPS = Path("/sys/fs/cgroup/cpu")
 PERIOD_US = 10_000
+# One worker may be held to very little.
+BACKLOG_SECONDS = 300.0
 # Between two messages that come alone, at random: in step with a clock of the server they would all meet it alike.
 PAUSES = (0.05, 0.25)
 
@@ -251,8 +253,9 @@ class Installation:
             response.read()
         connection.close()
 
-    def wait_finished(self) -> None:
-        wait_until(lambda: self.value("SELECT count(*) FROM sessions_app_turn WHERE finished_at IS NULL") == 0)
+    def wait_finished(self, seconds: float = PATIENCE) -> None:
+        unfinished = "SELECT count(*) FROM sessions_app_turn WHERE finished_at IS NULL"
+        wait_until(lambda: self.value(unfinished) == 0, seconds)
 
     def claimed_ms(self, session_ids: Sequence[str], position: int = 1) -> list[float]:
         """From when a turn of each session was stored until it was claimed, by the clock of the database."""
@@ -269,8 +272,8 @@ def administer(services: Services, statement: str) -> None:
         connection.execute(statement.encode())
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError("waited in vain")
@@ -322,6 +325,8 @@ def measure(setting: Setting, services: Services, arguments: argparse.Namespace)
         # The turns that come while others stream are no part of what those cost.
         loaded = stream(installation, arguments.turns, arguments.tokens, meanwhile=arguments.singles)
         claimed[BESIDE] = installation.claimed_ms(loaded.meanwhile)
+        # Stopped for a while, as they are now, workers say that the layer was away.
+        logged = installation.log
         backlogs = {}
         if setting in WORKED_OFF:
             backlogs[FREE] = work_off(installation, arguments.backlog)
@@ -329,8 +334,8 @@ def measure(setting: Setting, services: Services, arguments: argparse.Namespace)
                 with held_to(arguments.worker_share, installation.workers):
                     backlogs[HELD] = work_off(installation, arguments.backlog)
     problems = [*single.problems, *many.problems, *loaded.problems]
-    if installation.log:
-        problems.append(f"a process logged {installation.log[:1_000]}")
+    if logged:
+        problems.append(f"a process logged {logged[:1_000]}")
     return Measured(single, many, claimed, backlogs, [f"{setting.name}: {problem}" for problem in problems])
 
 
@@ -362,7 +367,7 @@ def work_off(installation: Installation, backlog: int) -> WorkedOff:
     began, before, moment = time.monotonic(), installation.cpu(), installation.now()
     for worker in installation.workers:
         worker.send_signal(signal.SIGCONT)
-    installation.wait_finished()
+    installation.wait_finished(BACKLOG_SECONDS)
     ended, after = time.monotonic(), installation.cpu()
     last = installation.value("SELECT extract(epoch FROM max(finished_at)) FROM sessions_app_turn")
     used = {part: after[part] - before[part] for part in after}

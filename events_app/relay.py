@@ -27,6 +27,8 @@ SESSIONS_AT_ONCE = 500
 # What cannot be sent in this time is not worth sending: the log has it sooner.
 SEND_SECONDS = 1.0
 REST_SECONDS = 1.0
+# Between two messages: each costs everybody much, and a frame in it little.
+GATHER_SECONDS = 0.002
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 3 * BEAT_SECONDS
 FRAMES_AT_ONCE = 2_000
@@ -113,9 +115,10 @@ class Relay:
             await self._something.wait()
             self._something.clear()
             try:
-                # While one message is on its way the next one fills: they grow with the load.
+                # While one message is on its way the next one fills, and a little longer: they grow with the load.
                 while self._batches or self._pokes or self._ends:
                     await self._send()
+                    await asyncio.sleep(GATHER_SECONDS)
             except Exception as error:
                 self._forget()
                 self._pokes.clear()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 
+from django.conf import settings
 from django.db import InterfaceError, OperationalError, transaction
 
 from agents_app import team
@@ -34,20 +35,32 @@ def claim_turns(owner: str, limit: int) -> list[Begun]:
     A few transactions for all of them: with SQLite each costs a sync of the disk.
     """
     begun = _claim_suspects(owner, limit)
-    room = min(limit - len(begun), CLAIMS_AT_ONCE)
-    return begun + _claim(owner, Turn.objects.claimable().trusted(), room)
+    room, trusted = min(limit - len(begun), CLAIMS_AT_ONCE), Turn.objects.claimable().trusted()
+    # Asked for first: with SQLite the transaction that claims locks everybody out, and mostly there is nothing.
+    return begun + _claim(owner, trusted, room) if trusted.exists() else begun
 
 
-def claim_in(owner: str, session_id: str) -> Begun | None:
-    """The same for the one turn of a session that may run now, if there is one; for a suspect one perhaps another."""
-    free = Turn.objects.claimable().filter(session=session_id)
-    if not free.exists():
-        return None
+def claim_in(owner: str, session_ids: Sequence[str]) -> tuple[dict[str, Begun], set[str]]:
+    """The same for the turns of these sessions that may run now, one of each; for a suspect one perhaps another.
+
+    Also returns the sessions that somebody else had locked: each is asked for with `claim_waiting`.
+    """
+    free = Turn.objects.claimable().filter(session__in=session_ids)
+    ready = dict(free.values_list("session_id", "losses"))  # type: ignore[misc]
+    of_suspects = [session_id for session_id, losses in ready.items() if losses >= settings.TURN_MAX_LOSSES - 1]
+    of_trusted = ready.keys() - of_suspects
+    begun = {claim.session_id: (claim, frames) for claim, frames in _claim(owner, free.trusted(), len(of_trusted))}
+    locked = of_trusted - begun.keys()
+    if of_suspects:
+        begun |= dict(zip(of_suspects, _claim_suspects(owner, len(of_suspects)), strict=False))
+    return begun, locked
+
+
+def claim_waiting(owner: str, session_id: str) -> Begun | None:
+    """The same for one session, whose lock is waited for: there is no next look for a job that names it."""
     with transaction.atomic():
-        # Waited for: there is no next look for a job that names its session.
         Session.objects.locked().filter(pk=session_id).first()
-        begun = _claim(owner, free.trusted(), 1)
-    begun = begun or _claim_suspects(owner, 1)
+        begun = _claim(owner, Turn.objects.claimable().filter(session=session_id).trusted(), 1)
     return begun[0] if begun else None
 
 
@@ -77,8 +90,7 @@ def _claim(owner: str, among: TurnQuerySet, room: int, *, singled_out: bool = Fa
 
     A row that cannot be worked with must not keep the others waiting: it is looked for by halves, and parked.
     """
-    # Asked for first: with SQLite the transaction that claims locks everybody out, and mostly there is nothing.
-    if room <= 0 or not among.exists():
+    if room <= 0:
         return []
     try:
         return _claim_together(owner, among[:room], singled_out=singled_out)

@@ -18,6 +18,7 @@ from events_app.database import hop, read
 from events_app.feed import feed
 from events_app.frames import Frame
 from messages_app import claims, steps
+from messages_app.claims import Begun
 from messages_app.engine import give_up, run_turn
 from messages_app.turn_stream import Stopping, TurnStream
 from sessions_app import lifecycle, retention
@@ -34,6 +35,10 @@ HAND_OVER_SECONDS = 8.0
 HAND_OVER_PAUSE_SECONDS = 0.5
 
 
+class Locked(Exception):
+    """Somebody else had the session locked when its turn was to be claimed."""
+
+
 class Runner:
     """Runs claimed turns; commits what they stream, renews what they hold, hands them over when the process stops."""
 
@@ -43,6 +48,8 @@ class Runner:
         self._streams: dict[uuid.UUID, TurnStream] = {}
         self._abandoned: list[Claim] = []
         self._running: set[asyncio.Task[Any]] = set()
+        self._asked: list[tuple[str, asyncio.Future[Begun | None]]] = []
+        self._claiming: asyncio.Task[None] | None = None
         self._clocks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -94,11 +101,44 @@ class Runner:
             self._running.add(task)
             task.add_done_callback(self._running.discard)
         while not self.is_stopping:
-            begun = await hop(claims.claim_in, self.owner, session_id)
+            begun = await self._claim_in(session_id)
             if begun is None:
                 return
             await self.run(*begun)
         await _try(hop(lifecycle.wake_runner, session_id))
+
+    async def _claim_in(self, session_id: str) -> Begun | None:
+        """The session's turn that may run now, claimed together with those of all who ask in the meantime."""
+        answer: asyncio.Future[Begun | None] = asyncio.get_running_loop().create_future()
+        self._asked.append((session_id, answer))
+        if self._claiming is None:
+            self._claiming = asyncio.create_task(self._claim_asked())
+        try:
+            return await answer
+        except Locked:
+            return await hop(claims.claim_waiting, self.owner, session_id)
+
+    async def _claim_asked(self) -> None:
+        """While some turns are claimed the next ones gather: many cost little more than one."""
+        while self._asked:
+            asked, self._asked = self._asked[: claims.CLAIMS_AT_ONCE], self._asked[claims.CLAIMS_AT_ONCE :]
+            try:
+                begun, locked = await hop(claims.claim_in, self.owner, [session_id for session_id, _ in asked])
+            except Exception as error:
+                for _, answer in asked:
+                    if not answer.done():
+                        answer.set_exception(error)
+                continue
+            for session_id, answer in asked:
+                turn = begun.pop(session_id, None)
+                if not answer.done():
+                    if session_id in locked:
+                        answer.set_exception(Locked())
+                    else:
+                        answer.set_result(turn)
+                elif turn is not None:
+                    self._abandoned.append(turn[0])  # who asked was cancelled
+        self._claiming = None
 
     async def run(self, claim: Claim, frames: list[Frame]) -> None:
         """Run a turn that this runner has claimed; `frames` are those that its claim has logged."""

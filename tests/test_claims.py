@@ -6,6 +6,7 @@ import pytest
 from django.db import IntegrityError, connection, transaction
 from django.db.models.functions import Now
 from django.utils import timezone
+from pytest_django import DjangoAssertNumQueries
 
 from events_app import log
 from events_app.chunks import AgentSwitched, encode
@@ -300,6 +301,18 @@ def test_what_was_left_to_a_turn_that_nobody_can_run_is_said_before_its_end() ->
     claims.claim_turns("one", 10)
 
     assert [frame.origin for frame in log.page("s", 0)[0]] == ["the switch", str(turn.pk), str(turn.pk)]
+
+
+def test_turns_of_many_sessions_cost_hardly_more_statements_than_one(
+    django_assert_max_num_queries: DjangoAssertNumQueries,
+) -> None:
+    turns = [make_turn(make_session(f"s{number}")) for number in range(20)]
+
+    with django_assert_max_num_queries(30):
+        begun, locked = claims.claim_in("one", [turn.session_id for turn in turns])
+
+    assert {claim.turn_id for claim, _ in begun.values()} == {turn.pk for turn in turns}
+    assert locked == set()
 
 
 def damage(session_id: str) -> None:

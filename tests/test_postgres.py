@@ -3,6 +3,7 @@
 Threads stand for other processes: each has a connection of its own.
 """
 
+import asyncio
 import json
 import shutil
 import signal
@@ -31,6 +32,7 @@ from events_app.changes import SESSION, NewFacts
 from events_app.chunks import encode_delta
 from events_app.frames import Frame
 from messages_app import claims
+from messages_app.runner import Runner
 from messages_app.turn_stream import TurnStream, nothing
 from orchestrator_site.local_services import PostgreSQL
 from sessions_app import lifecycle
@@ -104,6 +106,20 @@ def test_a_step_takes_the_session_before_the_turn_as_everybody_does(elsewhere: E
         assert mine.live_turn() is not None  # takes the turn: who has it and waits for the session would never end
 
     assert step.result(10) == ([], None)
+
+
+def test_a_session_that_somebody_has_locked_holds_up_no_other_and_is_waited_for_alone(elsewhere: Elsewhere) -> None:
+    free, locked = make_turn(make_session("free")), make_turn(make_session("locked"))
+
+    with transaction.atomic():
+        Session.objects.locked().get(pk="locked")
+        begun, left = elsewhere.do(lambda: claims.claim_in("one", ["free", "locked"])).result(10)
+        running = elsewhere.do(lambda: asyncio.run(Runner().run_in("locked")))
+        wait_for_a_lock(running)
+
+    assert (begun["free"][0].turn_id, left) == (free.pk, {"locked"})
+    running.result(10)
+    assert Turn.objects.get(pk=locked.pk).status == Turn.Status.COMPLETED
 
 
 def test_a_lease_that_runs_out_while_its_renewal_waits_is_not_renewed(elsewhere: Elsewhere) -> None:

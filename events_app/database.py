@@ -24,8 +24,11 @@ THREADS = 4
 _writers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-write")
 # SQLite's readers wait for nobody; in one queue with the writers they would wait for their lock.
 _readers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-read")
-# When a thread last waited for a connection in vain.
+# A server that is frozen acknowledges what it is sent, and its own time limits stand still with it.
+SILENCE_SECONDS = 4.5
+# When a thread last waited for a connection in vain, and when one last came back.
 _refused_at = 0.0
+_answered_at = 0.0
 
 
 async def hop(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -33,15 +36,36 @@ async def hop(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     return await _submit(_writers, function, args, kwargs)
 
 
+async def store(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As `hop`, for a caller who is told that it did not work rather than kept waiting.
+
+    Raises OperationalError when the database answers nobody any more. What had begun by then may still happen.
+    """
+    return await _unless_silent(_submit(_writers, function, args, kwargs))
+
+
 async def read(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """As `hop`, for what writes nothing."""
-    return await _submit(_readers, function, args, kwargs)
+    """As `store`, for what writes nothing."""
+    return await _unless_silent(_submit(_readers, function, args, kwargs))
 
 
-async def _submit(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kwargs: Any) -> T:
+def _submit(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kwargs: Any) -> "asyncio.Future[T]":
     context = contextvars.copy_context()  # the log lines of a request carry its id on every thread
     work = partial(context.run, _run, function, args, kwargs, time.monotonic())
-    return await asyncio.get_running_loop().run_in_executor(executor, work)
+    return asyncio.get_running_loop().run_in_executor(executor, work)
+
+
+async def _unless_silent(work: "asyncio.Future[T]") -> T:
+    asked_at = time.monotonic()
+    try:
+        while not work.done():
+            patience = max(asked_at, _answered_at) + SILENCE_SECONDS - time.monotonic()
+            if patience <= 0:
+                raise OperationalError("the database answers nobody")
+            await asyncio.wait([work], timeout=patience)
+        return work.result()
+    finally:
+        work.cancel()  # what has not begun never does
 
 
 def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., Any]:
@@ -52,7 +76,7 @@ def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., A
 
     @wraps(view)
     async def hopping(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
-        run = read if request.method in ("GET", "HEAD") else hop
+        run = read if request.method in ("GET", "HEAD") else store
         return await run(view, request, *args, **kwargs)
 
     return hopping
@@ -74,7 +98,7 @@ def _close(together: threading.Barrier) -> None:
 
 
 def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) -> T:
-    global _refused_at
+    global _refused_at, _answered_at
     if asked_at < _refused_at:
         # Those that stood in the queue meanwhile do not wait as long once more, one after the other.
         raise OperationalError("there was no connection to the database")
@@ -85,6 +109,7 @@ def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) ->
             _refused_at = time.monotonic()
         raise
     finally:
+        _answered_at = time.monotonic()
         for each in connections.all(initialized_only=True):
             if each.vendor == "sqlite":
                 # Cheap to keep, and closing it costs a checkpoint; one that broke is not kept.

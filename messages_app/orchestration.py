@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
 
-from events_app.database import hop
+from events_app.database import store
 from events_app.frames import DONE, Frame
 from events_app.stream import follow
 from messages_app import acceptance
@@ -60,7 +60,7 @@ class MessageOrchestrationService:
 
     async def _answer(self, accept: Callable[[], Accepted]) -> Frames:
         try:
-            accepted = await hop(accept)
+            accepted = await store(accept)
         except Refused as refused:
             # For this request alone, nothing stored: the contract puts these refusals into the stream.
             yield []

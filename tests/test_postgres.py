@@ -5,6 +5,7 @@ Threads stand for other processes: each has a connection of its own.
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from agents_app.models import Agent, ApprovalRequest, ApprovalRule, TeamVersion,
 from events_app import log
 from events_app.changes import SESSION, NewFacts
 from events_app.chunks import encode_delta
+from events_app.database import THREADS
 from events_app.frames import Frame
 from messages_app import claims
 from messages_app.runner import Runner
@@ -403,6 +406,45 @@ def test_a_database_that_stops_is_503_and_what_ran_goes_on_when_it_is_back(
             cluster.start()  # other tests need it
 
 
+def test_a_database_that_is_frozen_is_503_and_all_goes_on_when_it_thaws(
+    tmp_path: Path, cluster: PostgreSQL, llm: ScriptedLLM
+) -> None:
+    server = Server(tmp_path, DATABASE_URL=cluster.url("countersign"), LLM_BASE_URL=llm.url)
+    server.start()
+    try:
+        server.say("busy", "hello", agent_type="coder")
+        with ThreadPoolExecutor(40) as pool, frozen(cluster):
+            refused = [pool.submit(timed, server, *request) for request in FROM_CLIENTS * 10]
+            for each in refused:
+                status, retry_after, took = each.result(30)
+                assert (status, retry_after > 0) == (503, True)
+                assert took < 10  # 4.5 s, on a machine that does nothing else
+            assert server.http.get("/health").status_code == 200
+        eventually(lambda: server.http.post("/sessions").status_code == 201)
+        said = server.history("busy")
+        server.say("busy", "and now?")
+        # Of those that were refused a few had begun: the threads' number at most.
+        assert len(server.history("busy")) <= len(said) + 2 * (1 + THREADS)
+    finally:
+        server.http.close()
+        server.kill()
+
+
+@contextmanager
+def frozen(cluster: PostgreSQL) -> Iterator[None]:
+    """While none of its processes gets any time, as on a machine whose disk does not answer."""
+    assert cluster.process is not None
+    children = Path(f"/proc/{cluster.process.pid}/task/{cluster.process.pid}/children").read_text().split()
+    each = [cluster.process.pid, *map(int, children)]
+    for process_id in each:
+        os.kill(process_id, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process_id in each:
+            os.kill(process_id, signal.SIGCONT)
+
+
 REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/sessions", {}),
     ("POST", "/sessions", {}),
@@ -415,6 +457,10 @@ REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/admin/login/", {"data": {"username": "a", "password": "b"}}),
     ("GET", "/admin/", {"headers": {"Cookie": f"sessionid={'x' * 32}"}}),
 ]
+
+
+# The admin's pages are for people, who see for themselves that nothing comes.
+FROM_CLIENTS = [request for request in REQUESTS if not request[1].startswith("/admin/")]
 
 
 def timed(server: Server, method: str, path: str, options: dict[str, Any]) -> tuple[int, int, float]:

@@ -24,6 +24,8 @@ THREADS = 4
 _writers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-write")
 # SQLite's readers wait for nobody; in one queue with the writers they would wait for their lock.
 _readers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-read")
+# What must not be late stands behind nothing else.
+_keeper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database-keep")
 # A server that is frozen acknowledges what it is sent, and its own time limits stand still with it.
 SILENCE_SECONDS = 4.5
 # When a thread last waited for a connection in vain, and when one last came back.
@@ -34,6 +36,11 @@ _answered_at = 0.0
 async def hop(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `function` on a database thread. Cancelling the caller does not stop what has begun there."""
     return await _submit(_writers, function, args, kwargs)
+
+
+async def keep(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As `hop`, for what has to happen in time however much there is to do: leases."""
+    return await _submit(_keeper, function, args, kwargs)
 
 
 async def store(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -84,9 +91,9 @@ def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., A
 
 def close_threads() -> None:
     """At the end of the process: every thread closes its connection; the last one folds SQLite's log into its file."""
-    for executor in (_readers, _writers):
-        together = threading.Barrier(THREADS)
-        for closing in [executor.submit(_close, together) for _ in range(THREADS)]:
+    for executor, number in ((_readers, THREADS), (_writers, THREADS), (_keeper, 1)):
+        together = threading.Barrier(number)
+        for closing in [executor.submit(_close, together) for _ in range(number)]:
             closing.result()
         executor.shutdown()
 

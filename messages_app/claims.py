@@ -9,6 +9,7 @@ from itertools import count
 
 from django.conf import settings
 from django.db import InterfaceError, OperationalError, transaction
+from django.db.models.functions import Now
 
 from agents_app import team
 from events_app import log
@@ -36,8 +37,14 @@ def claim_turns(owner: str, limit: int) -> list[Begun]:
     """
     begun = _claim_suspects(owner, limit)
     room, trusted = min(limit - len(begun), CLAIMS_AT_ONCE), Turn.objects.claimable().trusted()
-    # Asked for first: with SQLite the transaction that claims locks everybody out, and mostly there is nothing.
-    return begun + _claim(owner, trusted, room) if trusted.exists() else begun
+    try:
+        # Asked for first: with SQLite the transaction that claims locks everybody out, and mostly there is nothing.
+        return begun + _claim(owner, trusted, room) if trusted.exists() else begun
+    except (OperationalError, InterfaceError):
+        if not begun:
+            raise
+        logger.exception("claim_failed", extra={"turns": room})
+        return begun
 
 
 def claim_in(owner: str, session_ids: Sequence[str]) -> tuple[dict[str, Begun], set[str]]:
@@ -52,7 +59,13 @@ def claim_in(owner: str, session_ids: Sequence[str]) -> tuple[dict[str, Begun], 
     begun = {claim.session_id: (claim, frames) for claim, frames in _claim(owner, free.trusted(), len(of_trusted))}
     locked = of_trusted - begun.keys()
     if of_suspects:
-        begun |= dict(zip(of_suspects, _claim_suspects(owner, len(of_suspects)), strict=False))
+        try:
+            begun |= dict(zip(of_suspects, _claim_suspects(owner, len(of_suspects)), strict=False))
+        except (OperationalError, InterfaceError):
+            if not begun:
+                raise
+            # `recover` has them claimed again; what is claimed here is to be run.
+            logger.exception("claim_failed", extra={"turns": len(of_suspects)})
     return begun, locked
 
 
@@ -243,13 +256,18 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
     return logged
 
 
-def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID]) -> None:
-    """Keep the turns that this runner works on and still holds.
+def renew_leases(owner: str, turn_ids: Sequence[uuid.UUID], given_up: Sequence[uuid.UUID]) -> None:
+    """Keep the turns that this runner works on and still holds, and let go of those that it has without knowing.
 
-    Only those it names: one that it has given up on is still its own by name, and has to reach the end of its lease.
+    One that it has given up on is still its own by name, and has to reach the end of its lease.
     """
-    with transaction.atomic():
-        Turn.objects.lock_live(turn_ids, owner).update(lease_until=lease_end())
+    if turn_ids:
+        with transaction.atomic():
+            Turn.objects.lock_live(turn_ids, owner).update(lease_until=lease_end())
+    strays = Turn.objects.stray(owner, [*turn_ids, *given_up])
+    if strays.exists():
+        number = strays.update(owner="", lease_until=Now())
+        logger.warning("turns_released", extra={"turns": number})
 
 
 def release(claim: Claim) -> None:

@@ -1,10 +1,12 @@
 """What dead workers left behind: jobs that they had begun, turns that may run and that no job names."""
 
 import logging
+from contextlib import suppress
 
 from django.db import transaction
 from django.db.models.fields.json import KeyTextTransform
 from procrastinate.contrib.django.models import ProcrastinateJob
+from procrastinate.exceptions import ConnectorException
 from procrastinate.jobs import Status
 from procrastinate.manager import JobManager
 
@@ -21,7 +23,8 @@ async def recover(manager: JobManager) -> None:
     """End the jobs of dead workers, then have every turn run that may and that no waiting job names."""
     for job in await manager.get_stalled_jobs(seconds_since_heartbeat=jobs.DEAD_AFTER_SECONDS):
         logger.warning("job_of_dead_worker", extra={"job_id": job.id, "session_id": job.task_kwargs.get("session_id")})
-        await manager.finish_job(job, status=Status.FAILED, delete_job=True)
+        with suppress(ConnectorException):  # another worker has ended it in the same moment
+            await manager.finish_job(job, status=Status.FAILED, delete_job=True)
     while await hop(_requeue) == SESSIONS_AT_ONCE:
         pass
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack, suppress
@@ -14,7 +15,7 @@ from django.db import InterfaceError, OperationalError
 
 from agents_app.llm import close_model, get_model
 from events_app.clock import every
-from events_app.database import hop, read
+from events_app.database import hop, keep, read
 from events_app.feed import feed
 from events_app.frames import Frame
 from messages_app import claims, steps
@@ -47,7 +48,9 @@ class Runner:
         self.is_stopping = False
         self._streams: dict[uuid.UUID, TurnStream] = {}
         self._abandoned: list[Claim] = []
+        self._given_up: dict[uuid.UUID, float] = {}
         self._running: set[asyncio.Task[Any]] = set()
+        self._places = asyncio.Semaphore(settings.TURNS_AT_ONCE)
         self._asked: list[tuple[str, asyncio.Future[Begun | None]]] = []
         self._claiming: asyncio.Task[None] | None = None
         self._clocks: list[asyncio.Task[None]] = []
@@ -92,20 +95,43 @@ class Runner:
                 # A database that restarts is back in time, or the leases of these turns have to run out.
                 await asyncio.sleep(HAND_OVER_PAUSE_SECONDS)
 
-    async def run_in(self, session_id: str) -> None:
-        """Run the turns of a session one after the other in this task, until none may run.
+    async def take_up(self, session_id: str) -> None:
+        """Claim the turn of a session that may run now, and run it, and those after it, in a task of their own. Waits
+        for a place among TURNS_AT_ONCE.
 
         What is left when the process stops is told to another one.
         """
-        if task := asyncio.current_task():
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-        while not self.is_stopping:
-            begun = await self._claim_in(session_id)
+        await self._places.acquire()
+        begun: Begun | None = None
+        try:
+            if self.is_stopping:
+                await _try(hop(lifecycle.wake_runner, session_id))
+            else:
+                begun = await self._claim_in(session_id)
+        finally:
             if begun is None:
-                return
+                self._places.release()
+        if begun is not None:
+            task = asyncio.create_task(_try(self._run_all(session_id, begun)))
+            self._running.add(task)
+            task.add_done_callback(self._left)
+
+    async def _run_all(self, session_id: str, begun: Begun | None) -> None:
+        while begun is not None:
             await self.run(*begun)
-        await _try(hop(lifecycle.wake_runner, session_id))
+            if self.is_stopping:
+                await hop(lifecycle.wake_runner, session_id)
+                return
+            begun = await self._claim_in(session_id)
+
+    def _left(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        self._places.release()
+
+    async def finish(self) -> None:
+        """Wait until nothing runs here any more."""
+        while self._running:
+            await asyncio.wait(self._running)
 
     async def _claim_in(self, session_id: str) -> Begun | None:
         """The session's turn that may run now, claimed together with those of all who ask in the meantime."""
@@ -178,6 +204,7 @@ class Runner:
             self._abandoned.append(claim)
         except Exception:
             logger.exception("turn_failed", extra=ids)
+            self._given_up[claim.turn_id] = time.monotonic()  # should even this fail
             await _try(give_up(stream))
         else:
             logger.info("turn_left", extra={**ids, "outcome": outcome})
@@ -192,6 +219,7 @@ class Runner:
             logger.exception("turn_abandoned", extra=ids)
             self._abandoned.append(stream.claim)
         except Exception:
+            self._given_up[stream.claim.turn_id] = time.monotonic()
             logger.exception("turn_not_ended", extra=ids)
         else:
             logger.info("turn_handed_over", extra=ids)
@@ -214,8 +242,9 @@ class Runner:
                     stream.interrupt(LostClaim(f"turn {stream.origin} was taken over"))
 
     async def _renew(self) -> None:
-        if self._streams:
-            await hop(claims.renew_leases, self.owner, list(self._streams))
+        forgotten = time.monotonic() - 2 * settings.TURN_LEASE_SECONDS
+        self._given_up = {turn_id: when for turn_id, when in self._given_up.items() if when > forgotten}
+        await keep(claims.renew_leases, self.owner, list(self._streams), list(self._given_up))
 
     async def _look(self) -> None:
         """Learn of what others have left to this runner's turns and could not tell it."""

@@ -8,11 +8,17 @@ from procrastinate.contrib.django import app
 from messages_app import recovery, runner
 from sessions_app import jobs
 
+FAILED_JOBS_KEPT_HOURS = 7 * 24
+
 
 @app.task(name=jobs.RUN_TURNS, queue=jobs.QUEUE, pass_context=True)
 async def run_turns(context: JobContext, *, session_id: str) -> None:
-    """Run the turns of a session on this worker's runner."""
-    await cast(runner.Runner, context.additional_context["runner"]).run_in(session_id)
+    """Have this worker's runner run the turns of a session.
+
+    The job is over when the first of them is claimed: Procrastinate's worker, which ends when its connection breaks,
+    waits for its jobs and fetches none meanwhile.
+    """
+    await cast(runner.Runner, context.additional_context["runner"]).take_up(session_id)
 
 
 # The sixth field of a cron expression is the seconds. Before all turns that wait, and never twice in the queue.
@@ -23,6 +29,7 @@ async def recover(context: JobContext, timestamp: int) -> None:
 
 
 @app.periodic(cron="*/10 * * * *")
-@app.task(name="prune", queue=jobs.QUEUE, queueing_lock="prune", priority=100)
-async def prune(timestamp: int) -> None:
+@app.task(name="prune", queue=jobs.QUEUE, queueing_lock="prune", priority=100, pass_context=True)
+async def prune(context: JobContext, timestamp: int) -> None:
     await runner.prune()
+    await context.app.job_manager.delete_old_jobs(FAILED_JOBS_KEPT_HOURS, include_failed=True, include_aborted=True)

@@ -70,7 +70,11 @@ async def _fetch_for_ever(app: App, runner: Runner, options: dict[str, Any]) -> 
                 stalled_worker_timeout=DEAD_AFTER_SECONDS,
                 **options,
             )
-            return  # told to run what there is and no more
         except Exception:
             logger.exception("worker_interrupted")
+        else:
+            if not options.get("wait", True):
+                await runner.finish()
+                return  # told to run what there is and no more
+            logger.warning("worker_interrupted")  # its connection broke; it has said so
         await asyncio.sleep(REST_SECONDS)

@@ -181,7 +181,8 @@ if TURN_RUNNER == "procrastinate":
     INSTALLED_APPS.append("procrastinate.contrib.django")
     PROCRASTINATE_WORKER_DEFAULTS = {
         "name": None,
-        "concurrency": TURNS_AT_ONCE,
+        # A job is over as soon as its turn is claimed; those beyond it are for other workers to fetch.
+        "concurrency": 50,
         "delete_jobs": "successful",
         # A job that is announced while others are fetched is found by this.
         "fetch_job_polling_interval": 0.5,

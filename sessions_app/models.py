@@ -247,6 +247,13 @@ class TurnQuerySet(QuerySet["Turn"]):
     def held_by(self, owner: str) -> Self:
         return self.filter(status=Turn.Status.RUNNING, owner=owner)
 
+    def stray(self, owner: str, known: Iterable[uuid.UUID]) -> Self:
+        """Turns that bear a runner's name and that it knows nothing of: the commit of their claim was reported as
+        failed. What has missed two renewals is not being claimed right now.
+        """
+        missed = Now() + timedelta(seconds=settings.TURN_LEASE_SECONDS - 2 * settings.TURN_LEASE_RENEWAL_SECONDS)
+        return self.held_by(owner).filter(lease_until__lt=missed).exclude(pk__in=list(known))
+
     def lock_live(self, turn_ids: Iterable[uuid.UUID], owner: str | None = None) -> Self:
         """Lock these turns, and find those of them that a runner (this one) holds, inside the caller's transaction.
 
@@ -405,8 +412,10 @@ class Turn(models.Model):
         """Leave a running turn to whoever claims it next, at once. Raises LostClaim.
 
         It runs under nobody's name then: who claims it repeats the unfinished step, as after a death, but counts none.
+        So it goes for a lease that ran out while the database was away, as long as nobody has taken over.
         """
-        if not Turn.mine(claim).update(owner="", lease_until=Now()):
+        held = Turn.objects.held_by(claim.owner).filter(pk=claim.turn_id, attempt=claim.attempt)
+        if not held.update(owner="", lease_until=Now()):
             raise LostClaim(f"turn {claim.turn_id} is no longer {claim.owner}'s")
 
     def go_on(self) -> bool:

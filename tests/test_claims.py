@@ -1,9 +1,13 @@
 """Claims, leases and fences: of two runners only one can write."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
+from typing import Any
 
 import pytest
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, OperationalError, connection, transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 from pytest_django import DjangoAssertNumQueries
@@ -101,7 +105,7 @@ def test_a_lease_that_ran_out_is_lost_even_before_somebody_takes_over() -> None:
     held = claim(turn)
     let_lease_run_out(turn)
 
-    claims.renew_leases(held.owner, [turn.pk])
+    claims.renew_leases(held.owner, [turn.pk], [])
 
     with pytest.raises(LostClaim):
         Turn.progress(held, handoff_count=1)
@@ -260,11 +264,65 @@ def test_only_turns_that_somebody_works_on_keep_their_leases() -> None:
     almost_over = Turn.objects.filter(pk=given_up.pk).values_list("lease_until", flat=True)
     before = almost_over.get()
 
-    claims.renew_leases("one", [kept.pk])
+    claims.renew_leases("one", [kept.pk], [])
 
     assert almost_over.get() == before
     kept.refresh_from_db()
     assert kept.lease_until > before  # type: ignore[operator]
+
+
+def test_a_turn_that_bears_a_runners_name_without_its_knowledge_is_let_go_before_its_lease_runs_out(
+    settings: Any,
+) -> None:
+    stray, given_up, fresh = (make_turn(make_session(name)) for name in "abc")
+    claims.claim_turns("one", 10)
+    missed = settings.TURN_LEASE_SECONDS - 2 * settings.TURN_LEASE_RENEWAL_SECONDS - 0.1
+    Turn.objects.exclude(pk=fresh.pk).update(lease_until=Now() + timedelta(seconds=missed))
+
+    claims.renew_leases("one", [], [given_up.pk])
+
+    assert set(Turn.objects.held_by("one").values_list("pk", flat=True)) == {given_up.pk, fresh.pk}
+    ((again, _),) = claims.claim_turns("two", 10)
+    stray.refresh_from_db()
+    assert (again.turn_id, stray.lost_count) == (stray.pk, 0), "nobody has died"
+
+
+def test_a_lease_that_ran_out_while_its_runner_could_not_renew_it_is_released_as_nobodys_death() -> None:
+    turn = make_turn(make_session())
+    held = claim(turn, "one")
+    Turn.objects.filter(pk=turn.pk).update(lease_until=Now() - timedelta(seconds=1))
+
+    claims.release(held)
+
+    claim(turn, "two")
+    turn.refresh_from_db()
+    assert (turn.attempt, turn.lost_count) == (2, 0)
+    with pytest.raises(LostClaim):
+        claims.release(held)
+
+
+def test_what_is_claimed_is_run_also_when_the_rest_of_the_claim_fails() -> None:
+    suspect = make_turn(make_session("suspect"))
+    Turn.objects.filter(pk=suspect.pk).update(lost_count=2)
+    make_turn(make_session("trusted"))
+
+    with failing_for("trusted"):
+        begun = claims.claim_turns("one", 10)
+
+    assert [claim.turn_id for claim, _ in begun] == [suspect.pk]
+
+
+@contextmanager
+def failing_for(session_id: str) -> Iterator[None]:
+    """Statements that write of a session fail, as when one takes too long."""
+
+    def fail(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        if sql.startswith(("UPDATE", "INSERT")) and session_id in str(params):
+            raise OperationalError("canceling statement due to statement timeout")
+        return execute(sql, params, many, context)
+
+    with connection.execute_wrapper(fail):
+        yield
 
 
 def test_a_row_that_cannot_be_worked_with_fails_its_turn_and_keeps_nobody_waiting() -> None:

@@ -117,12 +117,12 @@ def test_a_session_that_somebody_has_locked_holds_up_no_other_and_is_waited_for_
     with transaction.atomic():
         Session.objects.locked().get(pk="locked")
         begun, left = elsewhere.do(lambda: claims.claim_in("one", ["free", "locked"])).result(10)
-        running = elsewhere.do(lambda: asyncio.run(Runner().run_in("locked")))
+        running = elsewhere.do(lambda: asyncio.run(Runner().take_up("locked")))
         wait_for_a_lock(running)
 
     assert (begun["free"][0].turn_id, left) == (free.pk, {"locked"})
     running.result(10)
-    assert Turn.objects.get(pk=locked.pk).status == Turn.Status.COMPLETED
+    assert Turn.objects.get(pk=locked.pk).attempt == 1
 
 
 def test_a_lease_that_runs_out_while_its_renewal_waits_is_not_renewed(elsewhere: Elsewhere) -> None:
@@ -134,7 +134,7 @@ def test_a_lease_that_runs_out_while_its_renewal_waits_is_not_renewed(elsewhere:
     with transaction.atomic():
         mine = Session.objects.locked().get(pk=session.pk)
         Turn.objects.select_for_update().get(pk=turn.pk)
-        renewal = elsewhere.do(lambda: claims.renew_leases("one", [turn.pk]))
+        renewal = elsewhere.do(lambda: claims.renew_leases("one", [turn.pk], []))
         wait_for_a_lock(renewal)
         eventually(lambda: has_run_out(turn))
         assert mine.live_turn() is None

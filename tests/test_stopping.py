@@ -20,7 +20,7 @@ def test_a_session_that_comes_to_a_stopping_runner_is_told_to_another() -> None:
         feed.attach(asyncio.get_running_loop(), on_wake=lambda: told.append(True))
         runner = Runner()
         runner.begin_stopping()
-        await runner.run_in("s")
+        await runner.take_up("s")
         await asyncio.sleep(0)
         feed.detach()
 

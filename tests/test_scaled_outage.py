@@ -1,0 +1,67 @@
+"""Workers whose database restarts under them: they go on fetching, whatever else they are busy with."""
+
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from orchestrator_site.local_services import PostgreSQL
+from tests.scaled import SCALED, Worker
+from tests.scripted_llm import Gate, ScriptedLLM, hold, say
+from tests.server import Server, eventually, until
+
+pytestmark = pytest.mark.postgresql
+
+
+@pytest.fixture
+def cluster() -> Iterator[PostgreSQL]:
+    folder = Path(tempfile.mkdtemp(prefix="countersign-cluster-"))
+    folder.chmod(0o755)
+    started = PostgreSQL(folder, durable=False)
+    started.start()
+    with psycopg.connect(started.url("postgres"), autocommit=True) as administrator:
+        administrator.execute("CREATE DATABASE countersign")
+    yield started
+    started.stop(signal.SIGQUIT)
+    shutil.rmtree(folder)
+
+
+def test_a_busy_worker_whose_database_restarts_takes_up_other_turns_at_once(
+    tmp_path: Path, cluster: PostgreSQL, llm: ScriptedLLM
+) -> None:
+    gate = Gate()
+    # A lease that outlives the restart, or the turn would begin anew.
+    settings = {**SCALED, "TURN_LEASE_SECONDS": "60", "DATABASE_URL": cluster.url("countersign")}
+    web = Server(tmp_path, server="web", LLM_BASE_URL=llm.url, **settings)
+    assert web.manage("migrate", "-v0").returncode == 0
+    worker = Worker(tmp_path, web.environment, "worker")
+    try:
+        worker.start()
+        web.start()
+        web.say("long", "hello", agent_type="coder")
+        web.say("other", "hello", agent_type="coder")
+        llm.script(hold("Half a ", "sentence.", gate=gate))
+        llm.default = say("A whole sentence.")
+        with ThreadPoolExecutor(1) as pool, web.streaming({"type": "user_message", "content": "go"}, "long") as answer:
+            until(answer, "turn_started")
+            gate.reached.wait()
+            cluster.stop(signal.SIGQUIT)
+            cluster.start()
+            eventually(lambda: web.http.get("/sessions").status_code == 200)
+
+            other = pool.submit(web.say, "other", "and you?")
+            assert other.result(15)[-2].data["status"] == "completed"
+            gate.open()
+        eventually(lambda: web.history("long")[-1] == ("assistant", "Half a sentence."))
+        assert worker.process is not None and worker.process.poll() is None
+        assert worker.stop() == 0
+    finally:
+        web.http.close()
+        for each in (web, worker):
+            if each.process is not None and each.process.poll() is None:
+                each.kill()

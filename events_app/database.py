@@ -110,13 +110,14 @@ def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) ->
         # Those that stood in the queue meanwhile do not wait as long once more, one after the other.
         raise OperationalError("there was no connection to the database")
     try:
-        return function(*args, **kwargs)
+        outcome = function(*args, **kwargs)
+        _answered_at = time.monotonic()
+        return outcome
     except OperationalError as error:
         if _has_waited_in_vain(error):
             _refused_at = time.monotonic()
         raise
     finally:
-        _answered_at = time.monotonic()
         for each in connections.all(initialized_only=True):
             if each.vendor == "sqlite":
                 # Cheap to keep, and closing it costs a checkpoint; one that broke is not kept.

@@ -16,7 +16,7 @@ from orchestrator_site.errors import Invalid, TooLarge
 from orchestrator_site.http import caller_in, json_body, text, whole_number, wire_time
 from sessions_app import lifecycle
 from sessions_app.models import Session, ToolCall
-from sessions_app.views import StrictText, validated
+from sessions_app.views import StrictText, answered_once, validated
 
 EVERY_STATUS = "all"
 
@@ -107,8 +107,12 @@ class DecisionView(APIView):
     """POST /approvals/{call_id}/decision"""
 
     def post(self, request: Request, call_id: str) -> Response:
-        decided = approvals.decide_by_id(caller_in(request), call_id, choice_in(json_body(request)))
-        return Response(detailed(decided))
+        body = json_body(request)
+        caller, choice = caller_in(request), choice_in(body)
+        found = approvals.one_visible_to(caller, call_id)
+        # Around the transaction in which a key makes it happen: refusals are written down when it is rolled back.
+        with approvals.recording_refusals(caller, found.call):
+            return answered_once(request, body, lambda: detailed(approvals.decide_on(found, choice, caller)))
 
 
 def choice_in(body: Any) -> Choice:

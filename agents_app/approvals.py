@@ -151,11 +151,17 @@ def one_visible_to(caller: Caller, call_id: str) -> ApprovalRequest:
 def decide_by_id(caller: Caller, call_id: str, choice: Choice) -> ApprovalRequest:
     """Decide on a request by its id alone; the request as it is then. Raises UnknownApproval and what `decide` does."""
     found = one_visible_to(caller, call_id)
+    with recording_refusals(caller, found.call):
+        return decide_on(found, choice, caller)
+
+
+def decide_on(found: ApprovalRequest, choice: Choice, by: Caller) -> ApprovalRequest:
+    """The same for one that was found already, without recording what is refused."""
     # Of many who decide at once, those who come too late need not queue up for the lock.
     ensure_pending(found)
-    with recording_refusals(caller, found.call), transaction.atomic():
-        session = lifecycle.locked_for(caller, found.session_id)
-        decide(session, of_call(session, call_id), choice, caller)
+    with transaction.atomic():
+        session = lifecycle.locked_for(by, found.session_id)
+        decide(session, of_call(session, found.call_id), choice, by)
         return ApprovalRequest.objects.select_related("call", "decision").get(pk=found.pk)
 
 

@@ -11,7 +11,7 @@ from agents_app import handoffs
 from agents_app.models import Agent
 from orchestrator_site.http import boolean, caller_in, json_body, wire_time
 from sessions_app.models import Session
-from sessions_app.views import StrictText, validated
+from sessions_app.views import StrictText, answered_once, validated
 
 
 class SwitchRequest(serializers.Serializer[Any]):
@@ -42,15 +42,20 @@ class SwitchView(APIView):
     """POST /agents/{session_id}/switch"""
 
     def post(self, request: Request, session_id: str) -> Response:
-        asked = validated(SwitchRequest, json_body(request))
-        session = handoffs.switch(
-            caller_in(request),
-            session_id,
-            asked["target_agent"],
-            reason=asked["reason"],
-            confidence=asked.get("confidence"),
-        )
-        return Response({"context": context_of(session, include_history=True)["context"]})
+        body = json_body(request)
+        asked = validated(SwitchRequest, body)
+
+        def switch() -> dict[str, Any]:
+            session = handoffs.switch(
+                caller_in(request),
+                session_id,
+                asked["target_agent"],
+                reason=asked["reason"],
+                confidence=asked.get("confidence"),
+            )
+            return {"context": context_of(session, include_history=True)["context"]}
+
+        return answered_once(request, body, switch)
 
 
 def context_of(session: Session, *, include_history: bool) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Storing what a client sent, in one transaction, before anything is said about it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from django.conf import settings
@@ -26,12 +27,14 @@ from agents_app.approvals import (
 )
 from events_app import log
 from events_app.chunks import ErrorShown
+from events_app.frames import Frame
 from messages_app import ending
-from messages_app.inbound import HitlDecision, SwitchAgent, ToolResult, UserMessage
+from messages_app.inbound import Busy, HitlDecision, SwitchAgent, ToolResult, UserMessage
 from messages_app.models import Message
-from orchestrator_site.errors import TooMany
-from sessions_app import lifecycle
+from orchestrator_site.errors import Conflict, TooMany
+from sessions_app import following, idempotency, lifecycle
 from sessions_app.callers import Caller
+from sessions_app.idempotency import Key
 from sessions_app.models import Session, ToolCall, Turn
 
 TITLE_CHARS = 500
@@ -45,6 +48,10 @@ class QueueFull(TooMany):
     code = "queue_full"
 
 
+class TurnRunning(Conflict):
+    code = "turn_running"
+
+
 class Refused(Exception):
     """A refusal that the contract puts into the stream, for this request alone; nothing was stored."""
 
@@ -55,29 +62,32 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Where the answer is to be looked for: the session's stream past number `after`, frames of `origin`, if any."""
+    """Where the answer is to be looked for: the session's stream past number `after`, frames of `origin`, if any.
+
+    `lost` is shown in its place when a message is repeated whose answer was pruned.
+    """
 
     session_id: str
     origin: str = ""
     after: int = 0
     has_frames: bool = True
+    lost: Frame | None = None
+
+
+def user_message(message: UserMessage, caller: Caller, key: Key | None = None) -> Accepted:
+    """Store the message and queue the turn that it opens; a turn that waits is superseded by it.
+
+    Raises UnknownAgent, UnknownSession for another account's session, QueueFull, TurnRunning, KeyReused.
+    """
+    return _once(key, partial(_open_turn, message, caller))
 
 
 @transaction.atomic
-def user_message(message: UserMessage, caller: Caller) -> Accepted:
-    """Store the message and queue the turn that it opens; a turn that waits is superseded by it.
-
-    Raises UnknownAgent, UnknownSession for another account's session, QueueFull.
-    """
+def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
     if message.agent_type is not None:
         handoffs.ensure_known(message.agent_type)
     session = lifecycle.locked_or_created(caller, message.session_id)
-    # One that is being worked on and TURN_QUEUE_LENGTH behind it.
-    unfinished = list(session.turns.unfinished().order_by("position"))
-    if len(unfinished) > settings.TURN_QUEUE_LENGTH:
-        raise QueueFull("This session has as many messages waiting as it may.", Retry_After="5")
-    if unfinished and unfinished[0].status == Turn.Status.WAITING:
-        ending.supersede(session, unfinished.pop(0), caller)
+    unfinished = _make_way(session, message.busy, caller)
     requested = message.agent_type or ""
     if requested and session.turn_count == 0 and session.switch_count == 0:
         # A session that has had nothing yet starts on the agent asked for, without a handoff (section 4, row 3).
@@ -101,55 +111,83 @@ def user_message(message: UserMessage, caller: Caller) -> Accepted:
     return Accepted(session.pk, str(turn.pk), after)
 
 
-def switch_agent(message: SwitchAgent, caller: Caller) -> Accepted:
-    """Raises UnknownAgent, UnknownSession for another account's session."""
-    after, origin = handoffs.switch_by_message(caller, message.session_id, message.agent_type, reason=message.reason)
-    return Accepted(message.session_id, origin, after)
+def _make_way(session: Session, busy: Busy, caller: Caller) -> list[Turn]:
+    """The turns that a new message goes behind, when what it replaces has been ended. Raises QueueFull, TurnRunning."""
+    unfinished = list(session.turns.unfinished().order_by("position"))
+    if unfinished and unfinished[0].status == Turn.Status.WAITING:
+        ending.supersede(session, unfinished.pop(0), caller)
+    if unfinished and busy == Busy.REJECT:
+        raise TurnRunning("A turn of this session is queued or running.")
+    if unfinished and busy == Busy.INTERRUPT:
+        unfinished = ending.interrupt(session, caller)
+    # One that is being worked on and TURN_QUEUE_LENGTH behind it.
+    if len(unfinished) > settings.TURN_QUEUE_LENGTH:
+        raise QueueFull("This session has as many messages waiting as it may.", Retry_After="5")
+    return unfinished
 
 
-def tool_result(message: ToolResult, caller: Caller) -> Accepted:
+def switch_agent(message: SwitchAgent, caller: Caller, key: Key | None = None) -> Accepted:
+    """Raises UnknownAgent, UnknownSession for another account's session, KeyReused."""
+
+    def switch() -> Accepted:
+        session_id = message.session_id
+        after, origin = handoffs.switch_by_message(caller, session_id, message.agent_type, reason=message.reason)
+        return Accepted(session_id, origin, after)
+
+    return _once(key, switch)
+
+
+def tool_result(message: ToolResult, caller: Caller, key: Key | None = None) -> Accepted:
     """Answer the call, or pass over what comes too late. On a call that still waits it is a decision as well.
 
-    Raises Refused (section 4, rows 11 and 13), UnknownSession for another account's session.
+    Raises Refused (section 4, rows 11 and 13), UnknownSession for another account's session, KeyReused.
     """
     call = _call(message.session_id, message.call_id, caller)
     if call is None:
         raise Refused(f"No pending tool call {message.call_id}", "unknown_call")
-    if not call.is_open:
+    # Under a key it may be the very result that has answered the call.
+    if not call.is_open and key is None:
         return Accepted(message.session_id, has_frames=False)
     with _deciding(call, caller):
-        session = lifecycle.locked_for(caller, message.session_id)
-        call = session.calls.select_related("turn").get(pk=call.pk)
-        if not call.is_open:
-            return Accepted(session.pk, has_frames=False)
-        after, origin = lifecycle.position(session), str(call.turn_id)
-        if _executed_otherwise(call, message):
-            log.audit(
-                caller,
-                "call.executed_otherwise",
-                session_id=session.pk,
-                target=call.pk,
-                tool_name=call.tool_name,
-                released_hash=call.args_hash,
-                executed_hash=message.args_hash,
-            )
-        if call.status == ToolCall.Status.WAITING:
-            # Whoever executed it has decided on it: the IDE asks its own user and never sends a decision (protocol 5).
-            choice = Choice(Verdict.APPROVE)
-            if _is_rejection(message):
-                choice = Choice(Verdict.REJECT, feedback=(message.error or "")[:MAX_FEEDBACK_CHARS])
-            approval = approvals.of_call(session, call.pk)
-            approvals.decide(session, approval, choice, caller, result=_result_of(call, message))
-            return Accepted(session.pk, origin, after)
-        approvals.answer(session, call, _result_of(call, message))
-        goes_on = call.turn.go_on()
-        if goes_on:
-            lifecycle.wake_runner(session.pk)
-        return Accepted(session.pk, origin, after, has_frames=goes_on)
+        return _once(key, partial(_take_result, message, call.pk, caller))
 
 
-def hitl_decision(message: HitlDecision, caller: Caller) -> Accepted:
-    """Raises Refused (section 4, rows 15 to 17, and what `approvals.decide` refuses), EditRefused, UnknownSession."""
+@transaction.atomic
+def _take_result(message: ToolResult, call_id: str, caller: Caller) -> Accepted:
+    session = lifecycle.locked_for(caller, message.session_id)
+    call = session.calls.select_related("turn").get(pk=call_id)
+    if not call.is_open:
+        return Accepted(session.pk, has_frames=False)
+    after, origin = lifecycle.position(session), str(call.turn_id)
+    if _executed_otherwise(call, message):
+        log.audit(
+            caller,
+            "call.executed_otherwise",
+            session_id=session.pk,
+            target=call.pk,
+            tool_name=call.tool_name,
+            released_hash=call.args_hash,
+            executed_hash=message.args_hash,
+        )
+    if call.status == ToolCall.Status.WAITING:
+        # Whoever executed it has decided on it: the IDE asks its own user and never sends a decision (protocol 5).
+        choice = Choice(Verdict.APPROVE)
+        if _is_rejection(message):
+            choice = Choice(Verdict.REJECT, feedback=(message.error or "")[:MAX_FEEDBACK_CHARS])
+        approval = approvals.of_call(session, call.pk)
+        approvals.decide(session, approval, choice, caller, result=_result_of(call, message))
+        return Accepted(session.pk, origin, after)
+    approvals.answer(session, call, _result_of(call, message))
+    goes_on = call.turn.go_on()
+    if goes_on:
+        lifecycle.wake_runner(session.pk)
+    return Accepted(session.pk, origin, after, has_frames=goes_on)
+
+
+def hitl_decision(message: HitlDecision, caller: Caller, key: Key | None = None) -> Accepted:
+    """Raises Refused (section 4, rows 15 to 17, and what `approvals.decide` refuses), EditRefused, UnknownSession,
+    KeyReused.
+    """
     call = _call(message.session_id, message.call_id, caller)
     verdict = DECISIONS.get(message.decision)
     if verdict is None:
@@ -160,19 +198,36 @@ def hitl_decision(message: HitlDecision, caller: Caller) -> Accepted:
     choice = Choice(verdict, message.modified_arguments, message.feedback, message.args_hash)
     try:
         with _deciding(call, caller):
-            session = lifecycle.locked_for(caller, message.session_id)
-            after, approval = lifecycle.position(session), approvals.of_call(session, call.pk)
-            approvals.decide(session, approval, choice, caller)
-            return Accepted(session.pk, str(call.turn_id), after)
+            return _once(key, partial(_take_decision, call, choice, caller))
     except AlreadyDecided as late:
         raise Refused(nothing_pending, late.code, **late.more) from None
 
 
+@transaction.atomic
+def _take_decision(call: ToolCall, choice: Choice, caller: Caller) -> Accepted:
+    session = lifecycle.locked_for(caller, call.session_id)
+    after, approval = lifecycle.position(session), approvals.of_call(session, call.pk)
+    approvals.decide(session, approval, choice, caller)
+    return Accepted(session.pk, str(call.turn_id), after)
+
+
+def _once(key: Key | None, work: Callable[[], Accepted]) -> Accepted:
+    """What `work` accepts; for a message that is repeated under its key, what it has accepted then."""
+    if key is None:
+        return work()
+    accepted = Accepted(**idempotency.once(key, lambda: asdict(work())))
+    if not accepted.has_frames:
+        return accepted
+    return replace(accepted, lost=following.lost(key.caller, accepted.session_id, accepted.after))
+
+
 @contextmanager
 def _deciding(call: ToolCall, caller: Caller) -> Iterator[None]:
-    """What `decide` refuses becomes a chunk, but for an edit that does not fit: that is bad input like any other."""
+    """Around the transaction that decides. What `decide` refuses becomes a chunk, but for an edit that does not fit:
+    that is bad input like any other.
+    """
     try:
-        with approvals.recording_refusals(caller, call), transaction.atomic():
+        with approvals.recording_refusals(caller, call):
             yield
     except (ArgumentsChanged, PolicyChanged, SelfApprovalForbidden) as refusal:
         raise Refused(refusal.message, refusal.code) from None

@@ -18,7 +18,7 @@ from events_app import database
 from events_app.chunks import StreamPosition, encode
 from events_app.frames import Frame
 from events_app.stream import follow
-from messages_app.inbound import Inbound, typed
+from messages_app.inbound import Inbound, busy_in, typed
 from messages_app.orchestration import MessageOrchestrationService
 from orchestrator_site.errors import APIError, TooLarge
 from orchestrator_site.http import read_json
@@ -244,7 +244,7 @@ def read(text: str, session_id: str) -> Inbound:
     for name, field in fields.items():
         if complaint := field.complaint(message.get(name)):
             raise Unreadable(f"Invalid JSON message: {name} {complaint}")
-    return typed(session_id, message)
+    return typed(session_id, message, busy_in(message))
 
 
 def _error(text: str) -> str:

@@ -10,6 +10,7 @@ from agents_app.approvals import Verdict
 from events_app import log
 from events_app.chunks import TurnFinished
 from events_app.feed import feed
+from events_app.models import Event
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
 from sessions_app.models import Session, Turn, TurnMoved
@@ -38,8 +39,17 @@ def cancel(caller: Caller, session_id: str) -> uuid.UUID | None:
     if turn is None:
         return None
     _cancel(session, turn, caller)
-    log.record(lifecycle.fact(session, "session.updated", turn_id=turn.pk, cancelled_by=caller.name))
+    log.record(_cancelled(session, turn, caller))
     return turn.pk
+
+
+def interrupt(session: Session, by: Caller) -> list[Turn]:
+    """Cancel every turn that is queued or running, because a new message takes their place; the caller holds the
+    session's lock. Returns those that end a moment later by their runner's hand.
+    """
+    turns = list(session.turns.select_for_update().unfinished().order_by("position"))
+    log.record(*[_cancelled(session, turn, by) for turn in turns])
+    return [turn for turn in turns if not _cancel(session, turn, by)]
 
 
 def supersede(session: Session, turn: Turn, by: Caller) -> None:
@@ -47,11 +57,17 @@ def supersede(session: Session, turn: Turn, by: Caller) -> None:
     _end(session, turn, Verdict.SUPERSEDED, by)
 
 
-def _cancel(session: Session, turn: Turn, by: Caller) -> None:
+def _cancel(session: Session, turn: Turn, by: Caller) -> bool:
+    """Whether the turn has ended by it; otherwise its runner was told to end it."""
     if turn.request_cancel():
         transaction.on_commit(lambda: feed.poke(session.pk))
-    else:
-        _end(session, turn, Verdict.CANCELLED, by)
+        return False
+    _end(session, turn, Verdict.CANCELLED, by)
+    return True
+
+
+def _cancelled(session: Session, turn: Turn, by: Caller) -> Event:
+    return lifecycle.fact(session, "session.updated", turn_id=turn.pk, cancelled_by=by.name)
 
 
 def _end(session: Session, turn: Turn, verdict: Verdict, by: Caller) -> None:

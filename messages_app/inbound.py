@@ -1,8 +1,10 @@
 """What a client may send to the stream endpoint: bytes to one of four typed messages, or a refusal (protocol 3.1)."""
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from django.conf import settings
@@ -10,7 +12,8 @@ from django.conf import settings
 from agents_app.approvals import MAX_FEEDBACK_CHARS
 from agents_app.llm.base import MAX_ARGUMENT_BYTES
 from orchestrator_site.errors import BadRequest, Invalid, TooLarge
-from orchestrator_site.http import read_json
+from sessions_app.callers import Caller
+from sessions_app.idempotency import KEY, Key, fingerprint
 from sessions_app.lifecycle import valid_session_id
 
 MAX_REASON_CHARS = 2_000
@@ -21,11 +24,21 @@ MAX_RESULT_BYTES = 1024 * 1024
 T = TypeVar("T")
 
 
+class Busy(StrEnum):
+    """What a user's message does when a turn is queued or running already."""
+
+    ENQUEUE = "enqueue"
+    REJECT = "reject"
+    INTERRUPT = "interrupt"
+
+
 @dataclass(frozen=True, slots=True)
 class UserMessage:
     session_id: str
     content: str
     agent_type: str | None = None
+    busy: Busy = Busy.ENQUEUE
+    message_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,7 @@ class SwitchAgent:
     session_id: str
     agent_type: str
     reason: str
+    message_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +56,7 @@ class ToolResult:
     result: Any = None
     error: str | None = None
     args_hash: str | None = None
+    message_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +67,60 @@ class HitlDecision:
     modified_arguments: dict[str, Any] | None = None
     feedback: str | None = None
     args_hash: str | None = None
+    message_id: str | None = None
 
 
 Inbound = UserMessage | SwitchAgent | ToolResult | HitlDecision
 
 
-def parse(body: bytes, content_type: str) -> tuple[Inbound, bool]:
-    """The message of a request, and whether its sender wants token deltas.
+def parse(envelope: Any) -> tuple[Inbound, bool]:
+    """The message in a request's body, and whether its sender wants token deltas.
 
     Unknown keys are ignored and null counts as absent, because the IDE sends every key it knows with each message.
     Raises BadRequest, TooLarge or Invalid where protocol 3.1 and guarantees 2.5 say so.
     """
-    envelope = read_json(body, content_type)
     if not isinstance(envelope, dict):
         raise Invalid("Has to be an object.", "body", kind="dict_type")
     session_id = valid_session_id(_typed(envelope, "session_id", str, required=True))
     tokens = _typed(envelope, "stream_tokens", bool)
-    if _typed(envelope, "busy", str) not in (None, "enqueue"):
-        raise Invalid("This server knows only 'enqueue'.", "body", "busy", kind="enum")
-    return typed(session_id, _typed(envelope, "message", dict, required=True)), tokens is not False
+    busy = busy_in(envelope)
+    return typed(session_id, _typed(envelope, "message", dict, required=True), busy), tokens is not False
 
 
-def typed(session_id: str, message: dict[str, Any]) -> Inbound:
+def busy_in(source: dict[str, Any]) -> Busy:
+    """What is asked for beside a message, or on a socket in it. Raises Invalid."""
+    word = _typed(source, "busy", str)
+    if word not in (None, *Busy):
+        raise Invalid(f"Has to be one of {', '.join(Busy)}.", "body", "busy", kind="enum")
+    return Busy(word or Busy.ENQUEUE)
+
+
+def typed(session_id: str, message: dict[str, Any], busy: Busy) -> Inbound:
     """The typed form of a message object, or the refusals of `parse`."""
     kind = message.get("type")
     reader = _READERS.get(kind) if isinstance(kind, str) else None
     if reader is None:
         raise BadRequest(f"Unsupported message type: {kind[:50]}" if isinstance(kind, str) else "A message has a type.")
-    return reader(session_id, message)
+    read = reader(session_id, message)
+    if isinstance(read, UserMessage):
+        read = replace(read, busy=busy)
+    return replace(read, message_id=_message_id(message))
+
+
+def own_key(message: Inbound, caller: Caller) -> Key | None:
+    """The key that a message brings along as its id, the same over HTTP and on a socket; None without an id."""
+    if message.message_id is None:
+        return None
+    # Without what is absent: a later version, which knows more fields, finds the same in what was sent to this one.
+    said = {name: value for name, value in asdict(message).items() if value is not None}
+    return Key(caller, message.message_id, fingerprint(type(message).__name__, said), session_id=message.session_id)
+
+
+def _message_id(message: dict[str, Any]) -> str | None:
+    value = _typed(message, "message_id", str, "message")
+    if value is not None and not re.fullmatch(KEY, value):
+        raise Invalid("Has to be 1 to 255 visible ASCII characters.", "body", "message", "message_id", kind="pattern")
+    return value
 
 
 def _user_message(session_id: str, message: dict[str, Any]) -> UserMessage:

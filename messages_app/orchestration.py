@@ -9,8 +9,9 @@ from events_app.frames import DONE, Frame
 from events_app.stream import follow
 from messages_app import acceptance
 from messages_app.acceptance import Accepted, Refused
-from messages_app.inbound import HitlDecision, Inbound, SwitchAgent, ToolResult, UserMessage
+from messages_app.inbound import HitlDecision, Inbound, SwitchAgent, ToolResult, UserMessage, own_key
 from sessions_app.callers import Caller
+from sessions_app.idempotency import Key
 
 Frames = AsyncGenerator[list[Frame], None]
 
@@ -30,33 +31,34 @@ class MessageOrchestrationService:
         self.caller = caller
         self._follows = follows
 
-    def receive(self, message: Inbound) -> Frames:
-        """The way in for a message."""
+    def receive(self, message: Inbound, key: Key | None = None) -> Frames:
+        """The way in for a message; under the key of its request, or else its own id, it is stored once."""
+        key = key or own_key(message, self.caller)
         match message:
             case UserMessage():
-                return self.process_message(message)
+                return self.process_message(message, key)
             case SwitchAgent():
-                return self.switch_agent(message)
+                return self.switch_agent(message, key)
             case ToolResult():
-                return self.process_tool_result(message)
+                return self.process_tool_result(message, key)
             case HitlDecision():
-                return self.process_hitl_decision(message)
+                return self.process_hitl_decision(message, key)
 
-    def process_message(self, message: UserMessage) -> Frames:
+    def process_message(self, message: UserMessage, key: Key | None) -> Frames:
         """Open a turn; its frames up to the end of the answer, or to the calls that it waits for."""
-        return self._answer(partial(acceptance.user_message, message, self.caller))
+        return self._answer(partial(acceptance.user_message, message, self.caller, key))
 
-    def switch_agent(self, message: SwitchAgent) -> Frames:
+    def switch_agent(self, message: SwitchAgent, key: Key | None) -> Frames:
         """Pass the session to another agent at once; exactly one frame."""
-        return self._answer(partial(acceptance.switch_agent, message, self.caller))
+        return self._answer(partial(acceptance.switch_agent, message, self.caller, key))
 
-    def process_tool_result(self, message: ToolResult) -> Frames:
+    def process_tool_result(self, message: ToolResult, key: Key | None) -> Frames:
         """Answer a tool call; when no other is open, the frames of the turn that goes on."""
-        return self._answer(partial(acceptance.tool_result, message, self.caller))
+        return self._answer(partial(acceptance.tool_result, message, self.caller, key))
 
-    def process_hitl_decision(self, message: HitlDecision) -> Frames:
+    def process_hitl_decision(self, message: HitlDecision, key: Key | None) -> Frames:
         """Decide on a tool call that waits; how it was resolved, and the turn when it goes on by that."""
-        return self._answer(partial(acceptance.hitl_decision, message, self.caller))
+        return self._answer(partial(acceptance.hitl_decision, message, self.caller, key))
 
     async def _answer(self, accept: Callable[[], Accepted]) -> Frames:
         try:
@@ -69,7 +71,9 @@ class MessageOrchestrationService:
         yield []
         if not self._follows:
             return
-        if accepted.has_frames:
+        if accepted.lost is not None:
+            yield [accepted.lost]
+        elif accepted.has_frames:
             is_complete = False
             async with aclosing(follow(accepted.session_id, after=accepted.after, until=accepted.origin)) as frames:
                 async for ready in frames:

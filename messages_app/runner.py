@@ -312,6 +312,8 @@ async def prune() -> None:
     """Forget what is older than it is kept, in transactions of bounded size."""
     while await hop(retention.prune_streams) == retention.SESSIONS_AT_ONCE:
         pass
+    while await hop(retention.prune_records) == retention.RECORDS_AT_ONCE:
+        pass
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -16,18 +16,20 @@ from messages_app import ending, inbound
 from messages_app.history import history, messages_of
 from messages_app.orchestration import Frames, MessageOrchestrationService
 from orchestrator_site.errors import Invalid
-from orchestrator_site.http import allow, boolean, caller_in, json_body
-from sessions_app import lifecycle
+from orchestrator_site.http import allow, boolean, caller_in, json_body, read_json
+from sessions_app import idempotency, lifecycle
 from sessions_app.models import Session
-from sessions_app.views import StrictText, body_or_nothing, detailed, validated
+from sessions_app.views import StrictText, answered_once, body_or_nothing, detailed, validated
 
 
 @allow("POST")
 async def message_stream(request: HttpRequest) -> HttpResponseBase:
     """POST /agent/message/stream: everything that can be refused is refused before the stream begins."""
     with Place() as place:
-        message, tokens = inbound.parse(request.body, request.headers.get("Content-Type", ""))
-        frames = MessageOrchestrationService(request.caller).receive(message)  # type: ignore[attr-defined]
+        body = read_json(request.body, request.headers.get("Content-Type", ""))
+        message, tokens = inbound.parse(body)
+        key = idempotency.key_in(request, body)
+        frames = MessageOrchestrationService(request.caller).receive(message, key)  # type: ignore[attr-defined]
         await anext(frames)
         return place.response(_wire(frames, tokens))
 
@@ -69,10 +71,15 @@ class CancelView(APIView):
     """POST /sessions/{session_id}/cancel"""
 
     def post(self, request: Request, session_id: str) -> Response:
-        if not isinstance(body_or_nothing(request), dict):
+        body = body_or_nothing(request)
+        if not isinstance(body, dict):
             raise Invalid("Has to be an object.", "body", kind="dict_type")
-        turn_id = ending.cancel(caller_in(request), session_id)
-        return Response({"session_id": session_id, "cancelled_turn": str(turn_id) if turn_id else None})
+
+        def cancel() -> dict[str, Any]:
+            turn_id = ending.cancel(caller_in(request), session_id)
+            return {"session_id": session_id, "cancelled_turn": str(turn_id) if turn_id else None}
+
+        return answered_once(request, body, cancel)
 
 
 class HistoryView(APIView):

@@ -41,7 +41,16 @@ def resumed(caller: Caller, session_id: str, asked: int, last_given: int | None)
     highest = session.next_seq - 1 if last_given is None else last_given
     if asked == 0 or session.pruned_seq <= asked <= highest:
         return Start(asked)
-    return _reset(log.oldest_kept(session_id) or session.next_seq)
+    return _reset(_oldest(session))
+
+
+def lost(caller: Caller, session_id: str, after: int) -> Frame | None:
+    """What whoever asks once more for an answer past `after` is shown in its place, when it is not all kept any more.
+
+    Raises UnknownSession.
+    """
+    session = Session.objects.one_visible_to(caller, session_id)
+    return _reset(_oldest(session)).reset if after < session.pruned_seq else None
 
 
 def joined(caller: Caller, session_id: str, asked: int | None, last_given: int | None) -> Start:
@@ -56,6 +65,10 @@ def joined(caller: Caller, session_id: str, asked: int | None, last_given: int |
         return resumed(caller, session_id, asked, last_given)
     after, _ = lifecycle.rejoining(Session.objects.one_visible_to(caller, session_id))
     return Start(after)
+
+
+def _oldest(session: Session) -> int:
+    return log.oldest_kept(session.pk) or session.next_seq
 
 
 def _reset(oldest: int, *, is_known: bool = True) -> Start:

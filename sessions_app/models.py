@@ -1,4 +1,4 @@
-"""Whose it is, where it happens, and in what state: accounts, sessions, turns, tool calls, handoffs."""
+"""Whose it is, where it happens, and in what state: accounts, sessions, turns, tool calls, handoffs, request keys."""
 
 import json
 import secrets
@@ -585,6 +585,29 @@ class Handoff(models.Model):
 
     def __str__(self) -> str:
         return f"{self.from_agent} to {self.to_agent}"
+
+
+class IdempotencyRecord(models.Model):
+    """A request that its caller may repeat, and what came of it."""
+
+    # Found by the constraint, which begins with it.
+    account = models.ForeignKey(Account, on_delete=models.PROTECT, related_name="+", db_index=False)
+    caller = models.CharField(max_length=150)
+    session_id = models.CharField(max_length=128, blank=True, help_text="Of a message's own id, which is a key there.")
+    key = models.CharField(max_length=255)
+    fingerprint = models.CharField(max_length=64, help_text="Of what was asked for under this key.")
+    outcome_text = models.TextField(blank=True, help_text="As JSON; empty within the transaction of the work alone.")
+    created_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        ordering = ["id"]
+        constraints = [
+            models.UniqueConstraint(fields=["account", "caller", "session_id", "key"], name="one_record_per_key")
+        ]
+        indexes = [models.Index(fields=["created_at"], name="record_by_age")]
+
+    def __str__(self) -> str:
+        return f"{self.key} of {self.caller}"
 
 
 def lease_end() -> CombinedExpression:

@@ -1,17 +1,23 @@
-"""Pruning the stream log. Messages and events are the lasting record; frames are kept for resuming."""
+"""Pruning the stream log and the keys of requests. Messages and events are the lasting record; frames are kept for
+resuming, keys for repeating.
+"""
 
 from datetime import timedelta
 
 from django.conf import settings
 from django.db import transaction
 from django.db.models import Exists, OuterRef
+from django.db.models.functions import Now
 from django.utils import timezone
 
 from events_app import log
 from events_app.models import StreamBatch
-from sessions_app.models import Session, Turn
+from sessions_app.models import IdempotencyRecord, Session, Turn
 
 SESSIONS_AT_ONCE = 200
+RECORDS_AT_ONCE = 1_000
+# How long a request may be repeated under its key.
+KEEP_RECORDS = timedelta(hours=24)
 
 
 def prune_streams() -> int:
@@ -31,3 +37,13 @@ def prune_streams() -> int:
                 log.forget_through(session_id, last)
                 Session.objects.filter(pk=session_id).update(pruned_seq=last)
     return len(session_ids)
+
+
+def prune_records() -> int:
+    """Forget requests that were made longer ago than they may be repeated; how many."""
+    old = IdempotencyRecord.objects.filter(created_at__lt=Now() - KEEP_RECORDS).order_by("created_at")
+    with transaction.atomic():
+        # One that is being repeated at this moment is left for the next time.
+        ids = list(old.select_for_update(skip_locked=True).values_list("pk", flat=True)[:RECORDS_AT_ONCE])
+        IdempotencyRecord.objects.filter(pk__in=ids).delete()
+    return len(ids)

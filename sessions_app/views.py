@@ -1,7 +1,7 @@
 """Sessions over REST: create and list; the forms in which they are shown; and the stream of a whole session."""
 
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +17,7 @@ from events_app.feed import feed
 from events_app.frames import PING
 from events_app.stream import Place, follow, until_old, wire_of
 from orchestrator_site.http import allow, boolean, caller_in, json_body, whole_number, wire_time
-from sessions_app import following, lifecycle
+from sessions_app import following, idempotency, lifecycle
 from sessions_app.callers import Caller
 from sessions_app.following import Start
 from sessions_app.models import Session
@@ -55,25 +55,24 @@ def body_or_nothing(request: Request) -> Any:
     return {} if value is None else value
 
 
+def answered_once(request: Request, body: Any, work: Callable[[], dict[str, Any]], *, status: int = 200) -> Response:
+    """The answer whose body `work` makes: once for all requests under one key."""
+    return Response(idempotency.once(idempotency.key_in(request._request, body), work), status=status)
+
+
 class SessionsView(APIView):
     """POST and GET /sessions"""
 
     def post(self, request: Request) -> Response:
-        session_id = validated(NewSession, body_or_nothing(request)).get("session_id")
+        body = body_or_nothing(request)
+        session_id = validated(NewSession, body).get("session_id")
         if session_id is not None:
             lifecycle.valid_session_id(session_id)
-        session = lifecycle.create(caller_in(request), session_id)
-        return Response(
-            {
-                "id": session.pk,
-                "session_id": session.pk,
-                "message_count": 0,
-                "created_at": wire_time(session.created_at),
-                "is_active": True,
-                "current_agent": session.current_agent,
-            },
-            status=201,
-        )
+
+        def create() -> dict[str, Any]:
+            return created(lifecycle.create(caller_in(request), session_id))
+
+        return answered_once(request, body, create, status=201)
 
     def get(self, request: Request) -> Response:
         limit = whole_number(request.GET, "limit", 100, at_least=1, at_most=1000)
@@ -90,6 +89,18 @@ class SessionsView(APIView):
                 "offset": offset,
             }
         )
+
+
+def created(session: Session) -> dict[str, Any]:
+    """What protocol 2.5 answers."""
+    return {
+        "id": session.pk,
+        "session_id": session.pk,
+        "message_count": 0,
+        "created_at": wire_time(session.created_at),
+        "is_active": True,
+        "current_agent": session.current_agent,
+    }
 
 
 def listed(session: Session) -> dict[str, Any]:

@@ -34,13 +34,15 @@ from events_app.changes import SESSION, NewFacts
 from events_app.chunks import encode_delta
 from events_app.database import THREADS
 from events_app.frames import Frame
-from messages_app import claims
+from messages_app import acceptance, claims
+from messages_app.acceptance import Accepted
+from messages_app.inbound import UserMessage, own_key
 from messages_app.runner import Runner
 from messages_app.turn_stream import TurnStream, nothing
 from orchestrator_site.local_services import PostgreSQL
-from sessions_app import lifecycle
-from sessions_app.models import Account, Session, Turn, lease_end
-from tests.factories import claim, make_session, make_turn, make_waiting_call
+from sessions_app import lifecycle, retention
+from sessions_app.models import Account, IdempotencyRecord, Session, Turn, lease_end
+from tests.factories import CALLER, claim, make_session, make_turn, make_waiting_call
 from tests.pages import PASSWORD, logged_in
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
 from tests.server import ROOT, Server, eventually, running, until
@@ -231,6 +233,40 @@ def test_of_two_admins_who_add_the_same_tool_the_second_reads_that_it_is_there(e
 
     assert "already exists" in errors_of(second.result(10))["name"]
     assert Tool.objects.get(name="deploy").description == "Mine."
+
+
+HELLO = UserMessage("s", "hello", message_id="m1")
+
+
+def say_hello() -> Accepted:
+    return acceptance.user_message(HELLO, CALLER, own_key(HELLO, CALLER))
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_who_repeats_a_request_waits_for_what_becomes_of_it(elsewhere: Elsewhere, is_refused: bool) -> None:
+    make_session()
+
+    with transaction.atomic():
+        mine = say_hello()
+        repetition = elsewhere.do(say_hello)
+        wait_for_a_lock(repetition)
+        transaction.set_rollback(is_refused)
+
+    accepted = repetition.result(10)
+    assert (accepted == mine) is not is_refused
+    assert str(Turn.objects.get().pk) == accepted.origin
+
+
+def test_a_key_that_is_being_repeated_is_not_pruned_and_pruning_does_not_wait(elsewhere: Elsewhere) -> None:
+    make_session()
+    accepted = say_hello()
+    IdempotencyRecord.objects.update(created_at=Now() - 2 * retention.KEEP_RECORDS)
+
+    with transaction.atomic():
+        assert say_hello() == accepted
+        assert elsewhere.do(retention.prune_records).result(10) == 0
+
+    assert elsewhere.do(retention.prune_records).result(10) == 1
 
 
 def test_a_fact_that_commits_after_one_with_a_higher_number_is_heard_of(elsewhere: Elsewhere) -> None:

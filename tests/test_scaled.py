@@ -14,6 +14,7 @@ from tests import databases
 from tests.scaled import Installation, connections, installed
 from tests.scripted_llm import Gate, ScriptedLLM, call, hold, say
 from tests.server import Frame, eventually, until
+from tests.test_repeating import ask, at_once, new_key
 
 pytestmark = pytest.mark.postgresql
 
@@ -119,6 +120,42 @@ def test_a_turn_that_a_worker_runs_is_cancelled_by_any_web_process(scaled: Insta
         ("cancelled", "cancelled")
     ]
     gate.open()
+
+
+def test_fifty_repetitions_on_both_processes_are_one_turn(scaled: Installation, played: ScriptedLLM) -> None:
+    gate, key = Gate(), new_key()
+    played.script(hold("Once ", "and for all.", gate=gate))
+    body = {"session_id": "s8", "message": {"type": "user_message", "content": "Go", "agent_type": "coder"}}
+
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(at_once, lambda number: ask(scaled.webs[number % 2], body, key))
+        gate.reached.wait()
+        gate.open()
+        first, *others = answers.result(60)
+
+    assert all(other == first for other in others)
+    assert scaled.web.history("s8") == [("user", "Go"), ("assistant", "Once and for all.")]
+
+
+def test_a_message_to_one_process_takes_the_place_of_those_to_the_other(
+    scaled: Installation, played: ScriptedLLM
+) -> None:
+    one, other = scaled.webs
+    gate = Gate()
+    played.script(hold("Half an ", "answer.", gate=gate), say("At your service."))
+    body = {"type": "user_message", "content": "Go", "agent_type": "coder"}
+
+    with one.streaming(body, "s9") as first:
+        gate.reached.wait()
+        with one.streaming(body, "s9") as queued:
+            asked_at = time.monotonic()
+            answer = other.post(body, "s9", busy="interrupt")
+            ends = [until(frames, "turn_finished")[-1].data["status"] for frames in (first, queued)]
+    gate.open()
+
+    assert ends == ["cancelled", "cancelled"]
+    assert answer[-2].data["status"] == "completed"
+    assert time.monotonic() - asked_at < 4
 
 
 def test_a_session_deleted_on_one_process_ends_its_streams_on_the_other(scaled: Installation) -> None:

@@ -45,6 +45,7 @@ PROBES = ("/healthz", "/readyz")
 STREAM = "/agent/message/stream"
 FOLLOW = "/sessions/{session_id}/stream"
 DECIDE = "/approvals/{call_id}/decision"
+KEY_PARAMETER = "#/components/parameters/IdempotencyKey"
 PLACES = 6
 _numbers = count(1)
 
@@ -483,7 +484,7 @@ def values_of(schema: dict[str, Any]) -> list[str]:
 def test_a_parameter_is_taken_if_and_only_if_it_fits_its_schema(world: World) -> None:
     for method, path in OPERATIONS:
         for each in map(resolved, operation(method, path)["parameters"]):
-            if path == SOCKET or each["in"] == "path" or each["name"] == "X-Request-ID":
+            if path == SOCKET or each["in"] == "path" or each["name"] in ("X-Request-ID", "Idempotency-Key"):
                 continue
             for value in values_of(each["schema"]):
                 where = "params" if each["in"] == "query" else "headers"
@@ -493,6 +494,25 @@ def test_a_parameter_is_taken_if_and_only_if_it_fits_its_schema(world: World) ->
                 assert answer.is_success == fits, (path, each["name"], value)
             if each["in"] == "query" and path != FOLLOW:
                 assert world.send(method, path, params=[(each["name"], "1"), (each["name"], "1")]).status_code == 422
+
+
+@pytest.mark.parametrize("key", ["", "x", "a,b", "a b", "\u00fc", "x" * 255, "x" * 256])
+def test_a_key_is_taken_if_and_only_if_it_fits_its_schema(world: World, key: str) -> None:
+    described = DOCUMENT["components"]["parameters"]["IdempotencyKey"]
+    keyed = [each for each in OPERATIONS if "requestBody" in operation(*each) and each[0] == "POST"]
+    headers = [(described["name"].encode(), key.encode())]
+
+    assert [each for each in OPERATIONS if {"$ref": KEY_PARAMETER} in operation(*each)["parameters"]] == keyed
+    fits = validator(described["schema"]).is_valid(key)
+    assert world.send("POST", "/sessions", headers=headers).is_success == fits
+    if fits:
+        refused(world.send("POST", "/sessions/{session_id}/cancel", headers=headers), 422, "idempotency_key_reused")
+    for method, path in keyed:
+        name = next(iter(operation(method, path)["requestBody"]["content"]["application/json"]["examples"]))
+        example = operation(method, path)["requestBody"]["content"]["application/json"]["examples"][name]["value"]
+        answer = world.send(method, path, json=world.said(example), headers=headers)
+        if path != "/sessions":
+            refused(answer, *((422, "idempotency_key_reused") if fits else (400, "invalid_idempotency_key")))
 
 
 # --- Every refusal ---------------------------------------------------------------------------------------------------
@@ -629,6 +649,7 @@ def test_one_message_too_many_is_429(server: Server, llm: PlannedLLM, world: Wor
         count_turns = "count(*)", "sessions_app_turn", world.session_id
         eventually(lambda: stored(server, *count_turns) == 3)
         refused(world.send("POST", STREAM, json=talk), 429, "queue_full")
+        refused(world.send("POST", STREAM, json={**talk, "busy": "reject"}), 409, "turn_running")
         gate.open()
         for answer in (first.result(), second.result()):
             assert_true("POST", STREAM, answer)

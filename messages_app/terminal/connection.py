@@ -53,9 +53,9 @@ class Connection:
         """The answer. Raises Refused, Unreachable."""
         return await self._ask("GET", path)
 
-    async def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The same."""
-        return await self._ask("POST", path, {} if body is None else body)
+    async def post(self, path: str, *, key: str | None = None) -> dict[str, Any]:
+        """The same. What is asked under one key is done once, however often it is asked for."""
+        return await self._ask("POST", path, {}, key=key)
 
     async def send(self, session_id: str, message: dict[str, Any]) -> Frame | None:
         """Send a message; the first frame of its answer, None when the connection broke after it was accepted.
@@ -77,11 +77,15 @@ class Connection:
     @asynccontextmanager
     async def follow(self, session_id: str, after: int) -> AsyncIterator[AsyncIterator[Frame]]:
         """The frames of a session's stream past a number. Raises Refused and Unreachable, these frames too."""
-        async with self._answer("GET", f"/sessions/{session_id}/stream", total=None, after=after) as answer:
+        headers = {"Last-Event-ID": str(after)} if after else {}
+        async with self._answer("GET", f"/sessions/{session_id}/stream", total=None, headers=headers) as answer:
             yield _frames(answer)
 
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        async with self._answer(method, path, body, total=ANSWER_SECONDS) as answer:
+    async def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, key: str | None = None
+    ) -> dict[str, Any]:
+        headers = {"Idempotency-Key": key} if key else {}
+        async with self._answer(method, path, body, total=ANSWER_SECONDS, headers=headers) as answer:
             try:
                 told = json.loads(await answer.read())
             except ValueError:
@@ -94,13 +98,18 @@ class Connection:
 
     @asynccontextmanager
     async def _answer(
-        self, method: str, path: str, body: dict[str, Any] | None = None, *, total: float | None, after: int = 0
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        total: float | None,
+        headers: dict[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._http is None:
             # Here, because it belongs to the loop that runs.
             self._http = aiohttp.ClientSession(headers=self._headers)
         timeout = aiohttp.ClientTimeout(total=total, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
-        headers = {"Last-Event-ID": str(after)} if after else {}
         # Without redirects: another address would be told the key.
         asking = self._http.request(
             method, self.server + path, json=body, headers=headers, timeout=timeout, allow_redirects=False

@@ -5,6 +5,7 @@ shown twice. What runs comes from `open-calls` alone, and has to be what the str
 """
 
 import asyncio
+import uuid
 from typing import Any
 
 from messages_app.terminal.calls import Call, Calls, Question
@@ -48,8 +49,6 @@ class Conversation:
         self._last = self._awaited = 0
         # The turn whose end is waited for.
         self._turn: str | None = None
-        # How many messages of users the session has.
-        self._said = 0
 
     # --- what the user does ---
 
@@ -60,9 +59,7 @@ class Conversation:
         standing = await self._calls.open()
         history = await self._connection.get(f"{self._path}/history")
         self._agent = text_at(history, "current_agent") or self._agent
-        messages = objects_at(history, "messages")
-        self._said = sum(message.get("role") == "user" for message in messages)
-        for message in messages[-PAST_MESSAGES:]:
+        for message in objects_at(history, "messages")[-PAST_MESSAGES:]:
             self._show_past(message)
         for call, waits in self._calls.find(standing):
             self._show_call(call, waits=waits)
@@ -72,19 +69,17 @@ class Conversation:
     async def say(self, content: str) -> None:
         """Send a message: once, whatever breaks. Raises Refused, GaveUp."""
         self._turn = UNKNOWN
-        patience, is_doubtful = Patience(self._screen), False
+        # By its id the server knows a message that it has stored already.
+        message = {"type": "user_message", "content": content, "message_id": str(uuid.uuid4())}
+        patience = Patience(self._screen)
         try:
             while True:
                 try:
-                    if is_doubtful and await self._has_arrived(content):
-                        break
-                    first = await self._connection.send(self._session_id, {"type": "user_message", "content": content})
-                    self._said += 1
+                    first = await self._connection.send(self._session_id, message)
                     if first is not None and first.kind == "turn_started":
                         self._turn = text_at(first.data, "turn_id")
                     break
                 except Unreachable as trouble:
-                    is_doubtful = True
                     await patience.wait(trouble)
         except Refused:
             self._turn = None
@@ -99,10 +94,10 @@ class Conversation:
 
     async def cancel(self) -> None:
         """Cancel the turn; `advance` shows how it ends. Raises Refused, GaveUp."""
-        patience = Patience(self._screen)
+        patience, key = Patience(self._screen), str(uuid.uuid4())
         while True:
             try:
-                answer = await self._connection.post(f"{self._path}/cancel")
+                answer = await self._connection.post(f"{self._path}/cancel", key=key)
                 break
             except Unreachable as trouble:
                 await patience.wait(trouble)
@@ -203,13 +198,6 @@ class Conversation:
         self._calls.close()
         if self._turn == text_at(data, "turn_id"):
             self._turn = None
-
-    async def _has_arrived(self, content: str) -> bool:
-        """Whether a message whose answer was never seen has been stored. Raises Refused, Unreachable."""
-        history = await self._connection.get(f"{self._path}/history")
-        said = [message.get("content") for message in objects_at(history, "messages") if message.get("role") == "user"]
-        since, self._said = said[self._said :], len(said)
-        return content in since
 
     # --- what is shown ---
 

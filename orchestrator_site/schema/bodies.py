@@ -7,11 +7,12 @@ from django.conf import settings
 from agents_app.approvals import BY_A_PERSON, MAX_FEEDBACK_CHARS
 from agents_app.llm.base import MAX_ARGUMENT_BYTES
 from messages_app.consumers import FIELDS
-from messages_app.inbound import MAX_CALL_ID_CHARS, MAX_HASH_CHARS, MAX_REASON_CHARS, MAX_RESULT_BYTES
+from messages_app.inbound import MAX_CALL_ID_CHARS, MAX_HASH_CHARS, MAX_REASON_CHARS, MAX_RESULT_BYTES, Busy
 from orchestrator_site.schema import examples
 from orchestrator_site.schema.shapes import (
     AGENT,
     FLAG,
+    KEY,
     NULL,
     OBJECT,
     SESSION_ID,
@@ -29,6 +30,19 @@ from orchestrator_site.schema.shapes import (
 AGENT_ASKED_FOR = {**AGENT, "description": "An agent of `GET /agents`; `code` is taken for `coder`."}
 CALL_ASKED_FOR = text(MAX_CALL_ID_CHARS, least=1)
 HASH_SEEN = text(MAX_HASH_CHARS, description="The `args_hash` of what was looked at, or executed.")
+BUSY = {
+    **one_of(*Busy),
+    "default": "enqueue",
+    "description": "What a user message does when a turn is queued or running: it queues behind it, it is refused "
+    "(`turn_running`), or all of them are cancelled for it. One that waits is superseded in any case.",
+}
+MESSAGE_ID = {
+    "message_id": {
+        **KEY,
+        "description": "The client's own id of the message, unique within the session: sent again, it is stored once "
+        "and its answer is told again. With an `Idempotency-Key` it counts for nothing.",
+    }
+}
 VERDICT = one_of(*BY_A_PERSON)
 EDITED = {**OBJECT, "description": f"The whole of what is to run instead, at most {MAX_ARGUMENT_BYTES} bytes."}
 FEEDBACK = text(MAX_FEEDBACK_CHARS, description="What the model reads of a rejection; kept with every decision.")
@@ -51,11 +65,13 @@ USER_MESSAGE: dict[str, Schema] = {
         **AGENT_ASKED_FOR,
         "description": "Who is to answer; without it the orchestrator routes.",
     },
+    **MESSAGE_ID,
 }
 SWITCH_AGENT: dict[str, Schema] = {
     "type": only("switch_agent"),
     "agent_type": AGENT_ASKED_FOR,
     "reason": text(MAX_REASON_CHARS),
+    **MESSAGE_ID,
 }
 TOOL_RESULT: dict[str, Schema] = {
     "type": only("tool_result"),
@@ -63,6 +79,7 @@ TOOL_RESULT: dict[str, Schema] = {
     "result": {"description": f"What came of it: any JSON, at most {MAX_RESULT_BYTES} bytes."},
     "error": {**TEXT, "description": "What went wrong; one that begins with `User rejected` rejects a waiting call."},
     "args_hash": HASH_SEEN,
+    **MESSAGE_ID,
 }
 HITL_DECISION: dict[str, Schema] = {
     "type": only("hitl_decision"),
@@ -71,6 +88,7 @@ HITL_DECISION: dict[str, Schema] = {
     "modified_arguments": EDITED,
     "feedback": FEEDBACK,
     "args_hash": HASH_SEEN,
+    **MESSAGE_ID,
 }
 
 
@@ -84,20 +102,24 @@ def _of_the_socket(properties: dict[str, Schema], **more: Any) -> Schema:
 
 MESSAGES = {
     "UserMessage": body(
-        USER_MESSAGE, optional=("agent_type",), description="Opens a turn; makes the session if there is none."
+        USER_MESSAGE,
+        optional=("agent_type", "message_id"),
+        description="Opens a turn; makes the session if there is none.",
     ),
     "SwitchAgent": body(
-        SWITCH_AGENT, optional=("reason",), description="Passes the session to another agent at once; asks no model."
+        SWITCH_AGENT,
+        optional=("reason", "message_id"),
+        description="Passes the session to another agent at once; asks no model.",
     ),
     "ToolResult": body(
         TOOL_RESULT,
-        optional=("result", "error", "args_hash"),
+        optional=("result", "error", "args_hash", "message_id"),
         description="Answers a tool call; for one that still waits it is the decision as well.",
         **EITHER_RESULT_OR_ERROR,
     ),
     "HitlDecision": body(
         HITL_DECISION,
-        optional=("modified_arguments", "feedback", "args_hash"),
+        optional=("modified_arguments", "feedback", "args_hash", "message_id"),
         description="Decides on a tool call that waits.",
         **ONLY_AN_EDIT_HAS_ARGUMENTS,
     ),
@@ -124,7 +146,7 @@ SCHEMAS: dict[str, Schema] = {
             "session_id": SESSION_ID,
             "message": ref("Message"),
             "stream_tokens": {**FLAG, "default": True, "description": "false leaves the token deltas out."},
-            "busy": {**only("enqueue"), "description": "What happens while a turn runs: the message queues behind it."},
+            "busy": BUSY,
         },
         optional=("stream_tokens", "busy"),
     ),
@@ -149,7 +171,7 @@ SCHEMAS: dict[str, Schema] = {
             hitl_decision="SocketHitlDecision",
         ),
     },
-    "SocketUserMessage": _of_the_socket(USER_MESSAGE),
+    "SocketUserMessage": _of_the_socket({**USER_MESSAGE, "busy": BUSY}),
     "SocketSwitchAgent": _of_the_socket(SWITCH_AGENT),
     "SocketToolResult": _of_the_socket(TOOL_RESULT, **EITHER_RESULT_OR_ERROR),
     "SocketHitlDecision": _of_the_socket(HITL_DECISION, **ONLY_AN_EDIT_HAS_ARGUMENTS),
@@ -159,6 +181,11 @@ _CALL = {"call_id": examples.CALL}
 MESSAGE_EXAMPLES: dict[str, dict[str, Any]] = {
     "user message": {"type": "user_message", "content": examples.QUESTION},
     "user message to an agent": {"type": "user_message", "content": examples.QUESTION, "agent_type": "architect"},
+    "user message that may be repeated": {
+        "type": "user_message",
+        "content": examples.QUESTION,
+        "message_id": examples.KEY,
+    },
     "switch of the agent": {"type": "switch_agent", "agent_type": "debug", "reason": "It does not compile"},
     "tool result": {"type": "tool_result", **_CALL, "result": {"success": True, "bytes_written": 15}},
     "tool result with the hash of what ran": {

@@ -11,6 +11,7 @@ from agents_app.binding import args_hash, canonical
 SESSION = "release-notes"
 CALL = "call_8sK2mQ4vX7bN1cR5tY9wZa"
 TURN = "f6c40b1e-5a8d-4b1c-9a53-0c6d1f0f7a11"
+KEY = "0b8f2a53-6e0d-4a71-8d2e-51c7f8b0a9de"
 REQUEST = "6f1c0d5a8b7e4f3c9a2b1d0e5f6a7b8c"
 TOOL = "write_file"
 ARGUMENTS = {"path": "notes.md", "content": "# Release notes"}

@@ -15,14 +15,15 @@ from agents_app.models import ApprovalRequest
 from events_app.figures import NoMetrics
 from events_app.log import AuditUnavailable
 from events_app.stream import HEADERS, TooManyStreams
-from messages_app.acceptance import QueueFull
+from messages_app.acceptance import QueueFull, TurnRunning
 from orchestrator_site.errors import Invalid, NotFound, Unauthorized, Unavailable
 from orchestrator_site.http import InvalidJSON
 from orchestrator_site.schema import examples
 from orchestrator_site.schema.bodies import MESSAGE_EXAMPLES, SOCKET_EXAMPLES
 from orchestrator_site.schema.refusals import EVERYWHERE, REQUEST_ID_HEADER, Refusal, responses
-from orchestrator_site.schema.shapes import CALL_ID, FLAG, SESSION_ID, Schema, one_of, only, prose, ref, text
+from orchestrator_site.schema.shapes import CALL_ID, FLAG, KEY, SESSION_ID, Schema, one_of, only, prose, ref, text
 from orchestrator_site.sockets import ForeignOrigin
+from sessions_app.idempotency import HEADER, InvalidKey, KeyReused
 from sessions_app.models import CallMoved, SessionIdTaken, TurnMoved, UnknownSession
 
 TAGS = {
@@ -35,6 +36,11 @@ TAGS = {
 }
 
 POSITION: Schema = {"type": "string", "pattern": "^[0-9]{1,18}$"}
+REPEATED = """
+Made once for all that the caller asks under one key within 24 hours: the same request again has the same answer, or
+joins the same stream from its beginning. Another path or body is refused (`idempotency_key_reused`); the order of
+an object's keys does not matter. What was refused was not done, and its key is free.
+"""
 
 # --- The pieces ----------------------------------------------------------------------------------------------------
 
@@ -64,6 +70,13 @@ PARAMETERS: dict[str, Schema] = {
         "server takes a name of its own instead of any other.",
         "schema": {"type": "string"},
     },
+    "IdempotencyKey": {
+        "name": HEADER,
+        "in": "header",
+        "description": prose(REPEATED),
+        "schema": KEY,
+        "example": examples.KEY,
+    },
     "Limit": query("limit", whole_number(100, 1, 1000), example=20),
     "Offset": query("offset", whole_number(0, 0, 2**63 - 1)),
 }
@@ -73,7 +86,9 @@ def _parameter(name: str) -> Schema:
     return {"$ref": f"#/components/parameters/{name}"}
 
 
-IN_SESSION, OF_CALL, LIMIT, OFFSET = map(_parameter, ("SessionId", "CallId", "Limit", "Offset"))
+IN_SESSION, OF_CALL, REPEATABLE, LIMIT, OFFSET = map(
+    _parameter, ("SessionId", "CallId", "IdempotencyKey", "Limit", "Offset")
+)
 
 
 def _flag(name: str) -> Schema:
@@ -129,6 +144,7 @@ def operation(
 KEYED: tuple[Refusal, ...] = (Unauthorized, Unavailable)
 OF_SESSION: tuple[Refusal, ...] = (*KEYED, NotFound, UnknownSession)
 READS_BODY: tuple[Refusal, ...] = (InvalidJSON, Invalid)
+TAKES_KEY: tuple[Refusal, ...] = (InvalidKey, KeyReused)
 # What should not happen while everybody holds the session's lock, and may be tried again.
 MOVED: tuple[Refusal, ...] = (TurnMoved, CallMoved)
 
@@ -149,12 +165,14 @@ The schema is that of each frame's data; a frame is some lines and an empty one:
 """
 SEND = f"""
 Everything that can be refused is refused before the stream begins. What is refused in the stream instead is one
-`ErrorChunk` without a number. While a turn runs, up to five messages queue behind it.
+`ErrorChunk` without a number. While a turn runs, up to five messages queue behind it; `busy` says whether one is
+refused instead (409), or takes the place of all that is queued or running.
 
 {FRAMES.strip()}
 - The answer ends with `event: done` and `data: {{"status":"completed"}}` (`StreamEnd`), which has no number. One that
   ends without it was cut, and is resumed with `GET /sessions/{{session_id}}/stream`.
 - A turn that waits for tool calls ends its answer without `turn_finished`.
+- When a message is repeated whose answer is not kept any more, `stream_reset` and the end come in its place.
 """
 FOLLOW = f"""
 Everything of the session, live, over all its turns, for at most 15 minutes; resume it then. Without a position, or with
@@ -237,7 +255,9 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
             answer("CreatedSession", "It is made.", status=201),
             *KEYED,
             *READS_BODY,
+            *TAKES_KEY,
             SessionIdTaken,
+            parameters=(REPEATABLE,),
             request=sent(
                 "NewSession",
                 {"any id": {}, "an id of one's own": {"session_id": examples.SESSION}, "null": None},
@@ -296,9 +316,10 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
             answer("Cancelled", "What was cancelled."),
             *OF_SESSION,
             *READS_BODY,
+            *TAKES_KEY,
             *MOVED,
             AuditUnavailable,
-            parameters=(IN_SESSION,),
+            parameters=(IN_SESSION, REPEATABLE),
             request=sent("Nothing", {"nothing": {}}, required=False),
             description="The oldest turn that has not ended; messages that are queued behind it go on.",
         )
@@ -386,6 +407,7 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
             answer("Approval", "The request as it is now."),
             *OF_SESSION,
             *READS_BODY,
+            *TAKES_KEY,
             *MOVED,
             UnknownApproval,
             AlreadyDecided,
@@ -393,7 +415,7 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
             PolicyChanged,
             SelfApprovalForbidden,
             AuditUnavailable,
-            parameters=(OF_CALL,),
+            parameters=(OF_CALL, REPEATABLE),
             request=sent(
                 "DecisionRequest",
                 {
@@ -435,10 +457,11 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
             answer("Switched", "The session is with that agent now."),
             *OF_SESSION,
             *READS_BODY,
+            *TAKES_KEY,
             UnknownAgent,
             AlreadyActive,
             TooManySwitches,
-            parameters=(IN_SESSION,),
+            parameters=(IN_SESSION, REPEATABLE),
             request=sent(
                 "SwitchRequest",
                 {
@@ -470,12 +493,15 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
             ),
             *KEYED,
             *READS_BODY,
+            *TAKES_KEY,
             *MOVED,
             UnknownAgent,
             UnknownSession,
+            TurnRunning,
             QueueFull,
             AuditUnavailable,
             TooManyStreams,
+            parameters=(REPEATABLE,),
             request=sent(
                 "MessageRequest",
                 {
@@ -487,6 +513,11 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
                         "session_id": examples.SESSION,
                         "message": MESSAGE_EXAMPLES["user message"],
                         "stream_tokens": False,
+                    },
+                    "user message instead of what runs": {
+                        "session_id": examples.SESSION,
+                        "message": MESSAGE_EXAMPLES["user message"],
+                        "busy": "interrupt",
                     },
                 },
             ),

@@ -13,7 +13,7 @@ from agents_app.handoffs import AlreadyActive, TooManySwitches, UnknownAgent
 from events_app.figures import NoMetrics
 from events_app.log import AuditUnavailable
 from events_app.stream import TooManyStreams
-from messages_app.acceptance import QueueFull
+from messages_app.acceptance import QueueFull, TurnRunning
 from orchestrator_site import errors
 from orchestrator_site.errors import APIError
 from orchestrator_site.guard import BodyTimeout, HeadersTooLarge
@@ -23,6 +23,7 @@ from orchestrator_site.schema import examples
 from orchestrator_site.schema.answers import DECIDED
 from orchestrator_site.schema.shapes import NULL, TEXT, Schema, listed, one_of, only, record, ref
 from orchestrator_site.sockets import ForeignOrigin
+from sessions_app.idempotency import HEADER, InvalidKey, KeyReused
 from sessions_app.models import CallMoved, SessionIdTaken, TurnMoved, UnknownSession
 
 Refusal = type[APIError] | APIError
@@ -33,6 +34,7 @@ DETAILS: dict[Refusal, Any] = {
     errors.BadRequest: "Bad Request",
     InvalidHost: "This host is not served here.",
     InvalidJSON: "The body is not valid JSON.",
+    InvalidKey: f"{HEADER} has to be given once, as 1 to 255 visible ASCII characters.",
     UnknownAgent: "Unknown agent type: nobody",
     AlreadyActive: "Agent coder is already active",
     TooManySwitches: "A session may be switched 50 times",
@@ -49,11 +51,15 @@ DETAILS: dict[Refusal, Any] = {
     AlreadyDecided: f"Already decided (approve) by internal at {examples.DECIDED}.",
     ArgumentsChanged: "These are not the arguments that wait.",
     PolicyChanged: "This is not allowed here.",
+    TurnRunning: "A turn of this session is queued or running.",
     TurnMoved: "The turn moved on while it was being ended.",
     CallMoved: "The call moved on while it was being answered.",
     errors.TooLarge: "A body may have 2097152 bytes.",
     errors.UnsupportedMedia: "The body has to be application/json in UTF-8.",
     errors.Invalid: [{"type": "missing", "loc": ["body", "reason"], "msg": "Field required.", "input": None}],
+    KeyReused: [
+        {"type": "value_error", "loc": ["header", HEADER], "msg": "Is the key of another request.", "input": None}
+    ],
     QueueFull: "This session has as many messages waiting as it may.",
     HeadersTooLarge: "Headers may have 32768 bytes.",
     INTERNAL: "Internal server error",
@@ -65,7 +71,12 @@ DETAILS: dict[Refusal, Any] = {
 _DECISION = {"decision": "approve", "decided_by": "internal", "decided_at": examples.DECIDED}
 # The keys that some have beside the three of all.
 _MORE: dict[Refusal, dict[str, Any]] = {AlreadyDecided: _DECISION, NoMetrics: {"error": DETAILS[NoMetrics]}}
-_OWN_SCHEMA: dict[Refusal, str] = {errors.Invalid: "Invalid", AlreadyDecided: "AlreadyDecided", NoMetrics: "NoMetrics"}
+_OWN_SCHEMA: dict[Refusal, str] = {
+    errors.Invalid: "Invalid",
+    KeyReused: "KeyReused",
+    AlreadyDecided: "AlreadyDecided",
+    NoMetrics: "NoMetrics",
+}
 
 ERROR: dict[str, Schema] = {
     "detail": {**TEXT, "description": "For people."},
@@ -76,6 +87,7 @@ PROBLEM = record({"type": TEXT, "loc": listed({"type": ["string", "integer"]}), 
 SCHEMAS: dict[str, Schema] = {
     "Error": record(ERROR),
     "Invalid": record({**ERROR, "detail": listed(PROBLEM, minItems=1), "code": only(errors.Invalid.code)}),
+    "KeyReused": record({**ERROR, "detail": listed(PROBLEM, minItems=1), "code": only(KeyReused.code)}),
     "AlreadyDecided": record({**ERROR, "code": only(AlreadyDecided.code), **DECIDED}),
     "NoMetrics": record({**ERROR, "code": only(NoMetrics.code), "error": {**TEXT, "description": "The same text."}}),
 }
@@ -164,6 +176,8 @@ def responses(refusals: tuple[Refusal, ...]) -> Schema:
     for refusal in sorted(refusals, key=lambda refusal: refusal.status):
         by_status.setdefault(refusal.status, []).append(refusal)
     return {
-        str(status): {"$ref": f"#/components/responses/{_SHARED[same[0]]}"} if same[0] in _SHARED else response(*same)
+        str(status): {"$ref": f"#/components/responses/{_SHARED[same[0]]}"}
+        if len(same) == 1 and same[0] in _SHARED
+        else response(*same)
         for status, same in by_status.items()
     }

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from orchestrator_site import http
+from sessions_app import idempotency
 
 Schema = dict[str, Any]
 
@@ -18,6 +19,7 @@ NAME: Schema = {"type": "string", "minLength": 1, "maxLength": 200}
 AGENT: Schema = {"type": "string", "minLength": 1, "maxLength": 32}
 SESSION_ID: Schema = {"type": "string", "pattern": f"^{http.SESSION_ID}$"}
 CALL_ID: Schema = {"type": "string", "pattern": f"^{http.CallIdConverter.regex}$"}
+KEY: Schema = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": f"^{idempotency.KEY}$"}
 HASH: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 UUID: Schema = {"type": "string", "format": "uuid", "pattern": "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"}
 TIME: Schema = {

@@ -3,12 +3,15 @@
 from typing import Any, Self
 
 from django.conf import settings
+from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.db.models import QuerySet
 from django.db.models.functions import Now
 
 from sessions_app.callers import Caller
 from sessions_app.models import Session, ToolCall, stored_object
+
+MAX_DEADLINE_SECONDS = 24 * 3600
 
 
 class AgentQuerySet(QuerySet["Agent"]):
@@ -75,6 +78,12 @@ class Tool(models.Model):
     description = models.TextField(help_text="What the model is told about it.")
     parameters = models.JSONField(help_text="The JSON schema of its arguments, an object's.")
     version = models.PositiveIntegerField(default=1, help_text="Goes into the hash that an approval is given for.")
+    deadline_seconds = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1), MaxValueValidator(MAX_DEADLINE_SECONDS)],
+        help_text="How long a client has for the result of a call that was released to it. Empty: as long as it takes.",
+    )
 
     class Meta:
         ordering = ["position", "name"]

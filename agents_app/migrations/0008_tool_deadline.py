@@ -1,0 +1,26 @@
+import django.core.validators
+from django.db import migrations, models
+
+
+class Migration(migrations.Migration):
+    dependencies = [
+        ("agents_app", "0007_decision_by_time"),
+    ]
+
+    operations = [
+        migrations.AddField(
+            model_name="tool",
+            name="deadline_seconds",
+            field=models.PositiveIntegerField(
+                blank=True,
+                help_text=(
+                    "How long a client has for the result of a call that was released to it. Empty: as long as it takes."
+                ),
+                null=True,
+                validators=[
+                    django.core.validators.MinValueValidator(1),
+                    django.core.validators.MaxValueValidator(86400),
+                ],
+            ),
+        ),
+    ]

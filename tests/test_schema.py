@@ -30,7 +30,7 @@ from messages_app import transcript
 from orchestrator_site.errors import APIError
 from orchestrator_site.schema import bodies, document, shapes
 from orchestrator_site.schema.examples import ARGUMENTS, CALL, EXAMPLES, HASH, SESSION
-from orchestrator_site.schema.frames import ENDS_THE_TURN, REFUSES_A_CALL, REFUSES_A_MESSAGE
+from orchestrator_site.schema.frames import ENDS_A_CALL, ENDS_THE_TURN, REFUSES_A_CALL, REFUSES_A_MESSAGE
 from orchestrator_site.schema.refusals import DETAILS
 from orchestrator_site.urls import contract
 from tests import databases
@@ -219,7 +219,7 @@ def test_every_code_is_in_the_document_and_in_the_readme() -> None:
     assert set(shown) <= set(REFUSES_A_CALL)
     assert issubclass(handoffs.TooManyHandoffs, ModelError)
     readme = (ROOT / "README.md").read_text()
-    documented = {*told, *ENDS_THE_TURN, *REFUSES_A_CALL, *REFUSES_A_MESSAGE}
+    documented = {*told, *ENDS_THE_TURN, *REFUSES_A_CALL, *ENDS_A_CALL, *REFUSES_A_MESSAGE}
     assert {code for code in documented if f"`{code}`" not in readme} == set()
 
 

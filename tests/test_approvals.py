@@ -695,6 +695,7 @@ def test_a_client_that_was_away_finds_what_to_execute() -> None:
             "state": "waiting" if call == waiting else "released",
             "requires_approval": call != released,
             "released_at": None if call == waiting else fresh_call(call).released_at.isoformat(),  # type: ignore[union-attr]
+            "deadline_at": None if call == waiting else fresh_call(call).deadline_at.isoformat(),  # type: ignore[union-attr]
         }
         for call in (waiting, edited, released)
     ]

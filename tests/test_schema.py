@@ -687,6 +687,17 @@ Recording = dict[str, list[Frame]]
 SWITCH = {"type": "switch_agent", "agent_type": "coder"}
 
 
+def let_time_run_out(server: Server, call_id: str) -> None:
+    change(server, f"UPDATE sessions_app_toolcall SET deadline_at = released_at WHERE call_id = '{call_id}'")  # noqa: S608
+
+
+def give_up(server: Server, call_id: str) -> None:
+    program = "from tests.factories import OPERATOR; from sessions_app import models, unanswered;"
+    act = f"unanswered.give_up(OPERATOR, models.ToolCall.objects.get(pk='{call_id}'), 'Gone.')"
+    outcome = server.manage("shell", "-c", program + act)
+    assert outcome.returncode == 0, outcome.stderr
+
+
 class Recorder:
     """Plays conversations and keeps every frame, of the answers and of the sessions' own streams."""
 
@@ -767,6 +778,13 @@ def recording(server: Server, llm: PlannedLLM) -> Recording:
     on.answer("superseded", world.session_id, {"type": "user_message", "content": "Something else"})
     on.follow("superseded", world)
 
+    for name, end in (("timed out", let_time_run_out), ("given up", give_up)):
+        world = on.world()
+        on.decide(name, world, decision="approve")
+        end(server, world.call_id)
+        eventually(lambda ended=world: stored(server, "status", "sessions_app_turn", ended.session_id) == "completed")
+        on.follow(name, world)
+
     world = on.world()
     on.decide("refused", world, decision="maybe")
     on.decide("refused", world, decision="approve", args_hash="x")
@@ -815,7 +833,7 @@ def test_each_kind_of_frame_was_recorded(recording: Recording) -> None:
 
     # That one needs a server that dies.
     assert recorded == (KINDS | {"StreamEnd"}) - {"RestartedChunk"}
-    assert codes >= {*REFUSES_A_CALL, *REFUSES_A_MESSAGE, "already_decided"}
+    assert codes >= {*REFUSES_A_CALL, *ENDS_A_CALL, *REFUSES_A_MESSAGE, "already_decided"}
     assert codes >= {"model_rejected", "model_interrupted", "model_empty_answer"}
     assert ends >= {("completed", None), ("cancelled", "superseded"), ("cancelled", "cancelled")}
     assert {status for status, _ in ends} == {"completed", "failed", "cancelled"}

@@ -3,15 +3,12 @@
 from typing import Any, Self
 
 from django.conf import settings
-from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.db.models import QuerySet
 from django.db.models.functions import Now
 
 from sessions_app.callers import Caller
 from sessions_app.models import Session, ToolCall, stored_object
-
-MAX_DEADLINE_SECONDS = 24 * 3600
 
 
 class AgentQuerySet(QuerySet["Agent"]):
@@ -81,7 +78,6 @@ class Tool(models.Model):
     deadline_seconds = models.PositiveIntegerField(
         null=True,
         blank=True,
-        validators=[MinValueValidator(1), MaxValueValidator(MAX_DEADLINE_SECONDS)],
         help_text="How long a client has for the result of a call that was released to it. Empty: as long as it takes.",
     )
 

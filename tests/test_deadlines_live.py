@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from messages_app.acceptance import LATE_RESULTS_KEPT
 from tests import databases
 from tests.scripted_llm import ScriptedLLM, call, calls, say
 from tests.server import Frame, Server, eventually, running, until
@@ -120,6 +122,20 @@ def test_a_result_before_the_deadline_is_the_answer(server: Server, llm: Scripte
 
     assert answer[-2].data["status"] == "completed"
     assert [message["content"] for message in llm.answers[-1]["messages"] if message["role"] == "tool"] == ["text"]
+
+
+def test_of_many_late_results_at_once_so_many_are_written_down_and_no_more(server: Server, llm: ScriptedLLM) -> None:
+    llm.script(call("read_file", READ), say("Read."))
+    (asked,) = ask_for(server, "s")
+    message = {"type": "tool_result", "call_id": asked["call_id"], "result": "text"}
+    server.post(message, "s")
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: server.post(message, "s"), range(4 * LATE_RESULTS_KEPT)))
+
+    assert all([frame.event for frame in answer] == ["done"] for answer in answers)
+    written = "SELECT count(*) FROM events_app_auditentry WHERE target = ? AND action = 'call.late_result'"
+    assert databases.rows(server.database, written, asked["call_id"]) == [(LATE_RESULTS_KEPT,)]
 
 
 ROUNDS = 50

@@ -10,7 +10,7 @@ from unfold import widgets
 from agents_app import schemas
 from agents_app.admin.editing import EditForm, LongText, Values
 from agents_app.admin.json_editor import JSONTextarea
-from agents_app.models import MAX_DEADLINE_SECONDS, Agent, ApprovalRule, Tool
+from agents_app.models import Agent, ApprovalRule, Tool
 from agents_app.patterns import PatternRefused, ensure_bounded
 from agents_app.routing import SINGLE_AGENT, SPECIALISTS
 from agents_app.tools import MAX_PATH_CHARS, ON_THE_SERVER
@@ -22,6 +22,7 @@ from sessions_app.models import ORCHESTRATOR, Session, ToolCall, Turn
 
 MAX_PROMPT_CHARS = 50_000
 MAX_DESCRIPTION_CHARS = 10_000
+MAX_DEADLINE_SECONDS = 24 * 3600
 NO_SUCH_TOOL = "not offered: no such tool"
 # In which mode the code itself passes sessions to whom.
 NEEDED = {"multi_agent": {ORCHESTRATOR, *SPECIALISTS}, "single_agent": {ORCHESTRATOR, SINGLE_AGENT.agent}}

@@ -1,4 +1,3 @@
-import django.core.validators
 from django.db import migrations, models
 
 
@@ -17,10 +16,6 @@ class Migration(migrations.Migration):
                     "How long a client has for the result of a call that was released to it. Empty: as long as it takes."
                 ),
                 null=True,
-                validators=[
-                    django.core.validators.MinValueValidator(1),
-                    django.core.validators.MaxValueValidator(86400),
-                ],
             ),
         ),
     ]

@@ -172,4 +172,5 @@ def opened(call: ToolCall) -> dict[str, Any]:
         "state": call.status,
         "requires_approval": call.requires_approval,
         "released_at": wire_time(call.released_at) if call.released_at else None,
+        "deadline_at": wire_time(call.deadline_at) if call.deadline_at else None,
     }

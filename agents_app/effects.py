@@ -19,6 +19,7 @@ from agents_app.approvals import EXECUTED_OTHERWISE
 from agents_app.tools import EXECUTE, WRITE
 from sessions_app.models import ToolCall
 
+Outcome = ToolCall.Outcome
 READ = "read_file"
 # Arguments that name what a call is about, in the order in which they are told.
 ABOUT = ("command", "path", "source", "destination", "query", "mode")
@@ -89,19 +90,18 @@ def known_content(call: ToolCall, path: str) -> KnownContent | None:
     # Narrowed down by the file's name, then compared as paths: "./a.py" is "a.py".
     name = json.dumps(posixpath.basename(_normal(path)), ensure_ascii=False)[1:-1]
     named = Q(arguments_text__contains=name) | Q(released_text__contains=name)
+    # A write of which nobody knows whether it happened leaves a content that nobody knows.
+    told = Q(tool_name__in=(READ, WRITE), outcome=Outcome.OK)
+    perhaps = Q(tool_name=WRITE, outcome__in=(Outcome.TIMED_OUT, Outcome.IN_DOUBT))
     earlier = ToolCall.objects.filter(
-        named,
-        session_id=call.session_id,
-        tool_name__in=(READ, WRITE),
-        outcome=ToolCall.Outcome.OK,
-        answered_at__lte=call.created_at,
+        named, told | perhaps, session_id=call.session_id, answered_at__lte=call.created_at
     )
     # Answers may be large and are read of the one call alone that tells the content.
     for one in earlier.order_by("-answered_at").defer("answer")[:LOOKED_THROUGH]:
         arguments = one.final_arguments
         if _normal(str(arguments.get("path", ""))) != _normal(path):
             continue
-        if EXECUTED_OTHERWISE in one.answer:
+        if one.outcome != Outcome.OK or EXECUTED_OTHERWISE in one.answer:
             return None
         text = _as_written(one, arguments) if one.tool_name == WRITE else _as_read(one, arguments)
         if text is not None:

@@ -75,6 +75,11 @@ class Tool(models.Model):
     description = models.TextField(help_text="What the model is told about it.")
     parameters = models.JSONField(help_text="The JSON schema of its arguments, an object's.")
     version = models.PositiveIntegerField(default=1, help_text="Goes into the hash that an approval is given for.")
+    deadline_seconds = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        help_text="How long a client has for the result of a call that was released to it. Empty: as long as it takes.",
+    )
 
     class Meta:
         ordering = ["position", "name"]

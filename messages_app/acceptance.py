@@ -1,5 +1,6 @@
 """Storing what a client sent, in one transaction, before anything is said about it."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from agents_app.approvals import (
 from events_app import log
 from events_app.chunks import ErrorShown
 from events_app.frames import Frame
+from events_app.models import AuditEntry
 from messages_app import ending
 from messages_app.inbound import Busy, HitlDecision, SwitchAgent, ToolResult, UserMessage
 from messages_app.models import Message
@@ -42,6 +44,10 @@ DECISIONS = {"approve": Verdict.APPROVE, "edit": Verdict.EDIT, "reject": Verdict
 # How clients begin the error of a call that their user did not want (protocol 5).
 REJECTIONS = ("User rejected", "Операция отклонена")
 NO_RESULT = "Tool executed successfully"
+# Of one call so many results that came late or again are written down: a client that repeats itself for ever must not
+# fill the audit log.
+LATE_RESULTS_KEPT = 20
+LATE_RESULT = "call.late_result"
 
 
 class QueueFull(TooMany):
@@ -138,16 +144,15 @@ def switch_agent(message: SwitchAgent, caller: Caller, key: Key | None = None) -
 
 
 def tool_result(message: ToolResult, caller: Caller, key: Key | None = None) -> Accepted:
-    """Answer the call, or pass over what comes too late. On a call that still waits it is a decision as well.
+    """Answer the call, or write down what comes too late. On a call that still waits it is a decision as well.
 
     Raises Refused (section 4, rows 11 and 13), UnknownSession for another account's session, KeyReused.
     """
     call = _call(message.session_id, message.call_id, caller)
     if call is None:
         raise Refused(f"No pending tool call {message.call_id}", "unknown_call")
-    # Under a key it may be the very result that has answered the call.
-    if not call.is_open and key is None:
-        return Accepted(message.session_id, has_frames=False)
+    if not call.is_open and key is None and _late_results(call) >= LATE_RESULTS_KEPT:
+        return Accepted(message.session_id, has_frames=False)  # and a client that loops waits for no lock
     with _deciding(call, caller):
         return _once(key, partial(_take_result, message, call.pk, caller))
 
@@ -157,6 +162,7 @@ def _take_result(message: ToolResult, call_id: str, caller: Caller) -> Accepted:
     session = lifecycle.locked_for(caller, message.session_id)
     call = session.calls.select_related("turn").get(pk=call_id)
     if not call.is_open:
+        _write_down_late(session, call, message, caller)
         return Accepted(session.pk, has_frames=False)
     after, origin = lifecycle.position(session), str(call.turn_id)
     if _executed_otherwise(call, message):
@@ -243,6 +249,27 @@ def _call(session_id: str, call_id: str, caller: Caller) -> ToolCall | None:
     if call is None and Session.objects.filter(pk=session_id).exists():
         Session.objects.one_visible_to(caller, session_id)
     return call
+
+
+def _late_results(call: ToolCall) -> int:
+    return AuditEntry.objects.filter(target=call.pk, action=LATE_RESULT).count()
+
+
+def _write_down_late(session: Session, call: ToolCall, message: ToolResult, caller: Caller) -> None:
+    """A result of a call that has its answer: it came too late, or once more. Of its text only what tells it apart."""
+    if _late_results(call) >= LATE_RESULTS_KEPT:
+        return
+    text = _text_of(message).encode()
+    log.audit(
+        caller,
+        LATE_RESULT,
+        session_id=session.pk,
+        target=call.pk,
+        tool_name=call.tool_name,
+        answered_with=call.outcome,
+        size=len(text),
+        sha256=hashlib.sha256(text).hexdigest(),
+    )
 
 
 def _is_rejection(message: ToolResult) -> bool:

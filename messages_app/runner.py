@@ -22,7 +22,7 @@ from messages_app import claims, steps
 from messages_app.claims import Begun
 from messages_app.engine import give_up, run_turn
 from messages_app.turn_stream import Stopping, TurnStream
-from sessions_app import lifecycle, retention
+from sessions_app import lifecycle, retention, unanswered
 from sessions_app.models import Claim, LostClaim
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ POLL_SECONDS = 1.0
 # How long a wish of another process (a cancelled turn, a frame to be numbered) waits when its wake-up got lost.
 WISH_SECONDS = 0.5
 PRUNE_SECONDS = 600.0
+# How late the end of a call's time may be noticed.
+DEADLINE_SECONDS = 1.0
 HAND_OVER_SECONDS = 8.0
 HAND_OVER_PAUSE_SECONDS = 0.5
 
@@ -266,7 +268,7 @@ class Runner:
 
 
 class EmbeddedRunner(Runner):
-    """Claims whatever turn may run, for itself alone; and prunes what is old."""
+    """Claims whatever turn may run, for itself alone; ends calls whose time is over, and prunes what is old."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,6 +282,7 @@ class EmbeddedRunner(Runner):
         super().start()
         self._clocks += [
             asyncio.create_task(self._claim_for_ever()),
+            asyncio.create_task(every(DEADLINE_SECONDS, end_overdue_calls)),
             asyncio.create_task(every(PRUNE_SECONDS, prune)),
         ]
 
@@ -306,6 +309,12 @@ class EmbeddedRunner(Runner):
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self.wake()  # the session's next turn may be ready
+
+
+async def end_overdue_calls() -> None:
+    """End the calls that got no result in their time, each session's in a transaction of its own."""
+    while await hop(unanswered.end_overdue) == unanswered.SESSIONS_AT_ONCE:
+        pass
 
 
 async def prune() -> None:

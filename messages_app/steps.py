@@ -21,7 +21,7 @@ from messages_app import transcript
 from messages_app.models import Message
 from messages_app.turn_stream import Step
 from sessions_app import lifecycle
-from sessions_app.models import Claim, Session, ToolCall, Turn
+from sessions_app.models import Claim, Session, ToolCall, Turn, deadline
 
 # So many calls of one session may wait for a person at once; a flood would have people sign without reading.
 PENDING_PER_SESSION = 20
@@ -52,6 +52,7 @@ class Asked:
     arguments: dict[str, Any] = field(default_factory=dict)
     unusable: str = ""
     tool_version: int = 0
+    deadline_seconds: int | None = None
     refused: CallRefused | None = None
 
 
@@ -135,7 +136,7 @@ def _weighed(wanted: CallWanted, toolbox: Toolbox) -> Asked:
     try:
         tool = toolbox.tool_named(wanted.name)
         if asked.refused is None:
-            asked.tool_version = tool.version
+            asked.tool_version, asked.deadline_seconds = tool.version, tool.deadline_seconds
             toolbox.check(tool, asked.arguments)
     except CallRefused as refused:
         asked.refused = refused
@@ -222,6 +223,7 @@ def _judged(step: Step, toolbox: Toolbox, asked: Asked, position: int, *, is_lat
         # As they came, usable or not: also a call that may not be made stays what it was.
         arguments_text=canonical(asked.arguments),
         unusable_arguments=asked.unusable,
+        deadline_seconds=asked.deadline_seconds,
     )
     if asked.tool_version:
         call.args_hash = args_hash(step.session.pk, call.pk, call.tool_name, call.tool_version, call.arguments_text)
@@ -268,6 +270,7 @@ def _let_go(step: Step, call: ToolCall, arguments: dict[str, Any], ruling: Rulin
             step.facts.append(approvals.executed(step.session, call, text))
             return
         call.status, call.released_at = ToolCall.Status.RELEASED, Now()
+        call.deadline_at = deadline(call.deadline_seconds)
         call.save(force_insert=True)
     step.say(ToolCalled(call.pk, call.tool_name, arguments, call.requires_approval, call.args_hash))
 

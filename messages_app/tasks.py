@@ -1,4 +1,6 @@
-"""What Procrastinate's workers do: run turns; every so often recover what dead ones left, and prune what is old."""
+"""What Procrastinate's workers do: run turns; every so often recover what dead ones left, end calls whose time is over,
+and prune what is old.
+"""
 
 from typing import cast
 
@@ -26,6 +28,12 @@ async def run_turns(context: JobContext, *, session_id: str) -> None:
 @app.task(name="recover", queue=jobs.QUEUE, queueing_lock="recover", priority=100, pass_context=True)
 async def recover(context: JobContext, timestamp: int) -> None:
     await recovery.recover(context.app.job_manager)
+
+
+@app.periodic(cron="* * * * * */5")
+@app.task(name="end_overdue_calls", queue=jobs.QUEUE, queueing_lock="end_overdue_calls", priority=100)
+async def end_overdue_calls(timestamp: int) -> None:
+    await runner.end_overdue_calls()
 
 
 @app.periodic(cron="*/10 * * * *")

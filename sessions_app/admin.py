@@ -1,16 +1,21 @@
 """Browsing sessions with their turns, tool calls and handoffs, and the accounts they belong to; who may log in."""
 
+from dataclasses import replace
 from typing import Any
 
-from django.contrib import admin
+from django import forms
+from django.contrib import admin, messages
 from django.contrib.admin.utils import unquote
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
 from django.core.exceptions import PermissionDenied
+from django.db import OperationalError
 from django.db.models import Max, Model, QuerySet
-from django.http import HttpRequest, HttpResponseRedirect
+from django.http import HttpRequest, HttpResponseNotAllowed, HttpResponseRedirect
+from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect
+from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 from django.utils.http import urlencode
 from django.utils.safestring import SafeString
@@ -18,12 +23,18 @@ from django.views.decorators.http import require_safe
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.decorators import action, display
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+from unfold.widgets import UnfoldAdminTextareaWidget
 
 from events_app.admin import YES_OR_NO, BrowseOnlyAdmin, call_link, session_link
-from events_app.display import EMPTY, as_json, badge, box, clipped, duration, link, moment, visible
+from events_app.display import EMPTY, Shown, as_json, badge, box, clipped, duration, link, moment, visible
 from events_app.filters import Exactly, OneOf, TimeRange, exactly, one_of
+from orchestrator_site.errors import APIError
+from sessions_app import unanswered
+from sessions_app.callers import person
 from sessions_app.models import Account, Handoff, Session, ToolCall, Turn
 
+# Who may decide on a call that waits may also end the wait for its result. By its name: it is of an app above.
+DECIDE = "agents_app.decide_approvalrequest"
 STATUS_COLOURS = {
     Turn.Status.QUEUED: "info",
     Turn.Status.RUNNING: "primary",
@@ -159,7 +170,7 @@ class SessionAdmin(BrowseOnlyAdmin):
         ("Stream", {"fields": (("next_seq", "pruned_seq"),), "classes": ["collapse"]}),
     )
     inlines = (TurnsOfSession,)
-    actions_detail = ("transcript", "events")
+    actions_detail = ("transcript", "calls_released", "events")
 
     @display(description="Title", ordering="title")
     def heading(self, session: Session) -> str:
@@ -203,13 +214,18 @@ class SessionAdmin(BrowseOnlyAdmin):
             return badge("deleted", "danger")
         return badge("open", "success") if session.is_active else badge("closed")
 
-    # Both only lead elsewhere, so the plain GET that unfold makes of an action without a dialog does no harm. Whether
+    # They only lead elsewhere, so the plain GET that unfold makes of an action without a dialog does no harm. Whether
     # somebody may is asked by methods: unfold looks up permissions given by name while no table may exist yet.
 
     @action(description="Transcript", icon="forum", permissions=["read_messages"])
     def transcript(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
         transcript = reverse("admin:messages_app_message_transcript", args=[unquote(object_id)])
         return redirect(f"{transcript}?{request.GET.urlencode()}" if request.GET else transcript)
+
+    @action(description="Calls without a result", icon="hourglass_top", permissions=["read_calls"])
+    def calls_released(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
+        chosen = urlencode({"session__exact": unquote(object_id), "status": ToolCall.Status.RELEASED})
+        return redirect(f"{reverse('admin:sessions_app_toolcall_changelist')}?{chosen}")
 
     @action(description="Events", icon="history", permissions=["read_events"])
     def events(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
@@ -218,6 +234,9 @@ class SessionAdmin(BrowseOnlyAdmin):
 
     def has_read_messages_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return request.user.has_perm("messages_app.view_message") and self.has_view_permission(request)
+
+    def has_read_calls_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return request.user.has_perm("sessions_app.view_toolcall")
 
     def has_read_events_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return request.user.has_perm("events_app.view_event")
@@ -287,12 +306,14 @@ class TurnAdmin(TurnColumns, BrowseOnlyAdmin):
 # What became of a call, in words and in colour.
 ENDED = {
     "": ("", "default"),
-    ToolCall.Outcome.OK: ("done", "success"),
-    ToolCall.Outcome.ERROR: ("failed", "danger"),
+    ToolCall.Outcome.OK: ("ok", "success"),
+    ToolCall.Outcome.ERROR: ("error", "danger"),
     ToolCall.Outcome.REFUSED: ("refused", "danger"),
     ToolCall.Outcome.REJECTED: ("rejected", "danger"),
     ToolCall.Outcome.SUPERSEDED: ("superseded", "default"),
     ToolCall.Outcome.CANCELLED: ("cancelled", "default"),
+    ToolCall.Outcome.TIMED_OUT: ("timed out", "danger"),
+    ToolCall.Outcome.IN_DOUBT: ("in doubt", "warning"),
 }
 OPEN = {
     ToolCall.Status.WAITING: ("waits for a person", "warning"),
@@ -305,9 +326,24 @@ def call_state(call: ToolCall) -> SafeString:
     return badge(words, colour)
 
 
+class GiveUpForm(forms.Form):
+    reason = forms.CharField(
+        max_length=unanswered.MAX_REASON_CHARS,
+        widget=UnfoldAdminTextareaWidget({"rows": 4}),
+        help_text="Why no result will come. The agent reads it, and it stands in the audit log.",
+    )
+
+    def clean_reason(self) -> str:
+        # Browsers send the line ends of a form as CR LF.
+        reason: str = self.cleaned_data["reason"]
+        return reason.replace("\r\n", "\n")
+
+
 @admin.register(ToolCall)
 class ToolCallAdmin(BrowseOnlyAdmin):
-    list_display = ("asked", "tool", "by_agent", "state", "gated", "in_session", "identity", "took")
+    """Every call, open or not. One that was released and that nobody will ever answer may be given up here."""
+
+    list_display = ("asked", "tool", "by_agent", "state", "gated", "until", "in_session", "identity", "took")
     list_display_links = ("asked", "tool")
     list_filter = (
         ("session", Exactly),
@@ -323,19 +359,25 @@ class ToolCallAdmin(BrowseOnlyAdmin):
     ordering = ("-created_at",)
     fieldsets = (
         (None, {"fields": (("tool", "by_agent"), ("state", "card"), ("in_session", "in_turn"), "identity")}),
-        ("Times", {"fields": (("asked", "released"), ("answered", "took"))}),
+        ("Times", {"fields": (("asked", "released"), ("answered", "took"), ("until", "patience"))}),
         ("Arguments", {"fields": ("wanted", "unusable", "final")}),
         ("Answer", {"fields": ("said",)}),
         ("Origin", {"fields": (("round", "place"), ("provider", "tool_version"), "args_hash")}),
     )
+    actions_detail = ("give_up",)
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[ToolCall]:
         whole = super().get_queryset(request).select_related("turn", "approval")
         return whole.defer("arguments_text", "unusable_arguments", "released_text", "answer")
 
     def get_urls(self) -> list[URLPattern]:
-        view = self.admin_site.admin_view(require_safe(self.approval_view))
-        return [path("<path:object_id>/approval/", view, name="sessions_app_toolcall_approval"), *super().get_urls()]
+        wrapped = self.admin_site.admin_view
+        approval, given_up = wrapped(require_safe(self.approval_view)), wrapped(self.given_up_view)
+        return [
+            path("<path:object_id>/approval/", approval, name="sessions_app_toolcall_approval"),
+            path("<path:object_id>/given-up/", given_up, name="sessions_app_toolcall_given_up"),
+            *super().get_urls(),
+        ]
 
     def approval_view(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
         """From a call's id, which is what records keep, to the card of its approval."""
@@ -343,6 +385,60 @@ class ToolCallAdmin(BrowseOnlyAdmin):
             raise PermissionDenied
         asked = get_object_or_404(ToolCall, approval__isnull=False, pk=unquote(object_id))
         return redirect("admin:agents_app_approvalrequest_change", asked.approval.pk)
+
+    # As with a session's: only leads to the page that asks.
+    @action(description="Give up…", icon="timer_off", permissions=["give_up"])
+    def give_up(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
+        return redirect("admin:sessions_app_toolcall_given_up", object_id)
+
+    def has_give_up_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        released = ToolCall.objects.filter(pk=unquote(object_id or ""), status=ToolCall.Status.RELEASED)
+        return self._may_give_up(request) and released.exists()
+
+    def _may_give_up(self, request: HttpRequest) -> bool:
+        return request.user.has_perm(DECIDE) and self.has_view_permission(request)
+
+    def given_up_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
+        """GET: what giving a released call up means, and the form for the reason. POST: give it up."""
+        if request.method not in ("GET", "HEAD", "POST"):
+            return HttpResponseNotAllowed(["GET", "POST"])
+        if not self._may_give_up(request):
+            raise PermissionDenied
+        call = get_object_or_404(ToolCall.objects.select_related("session"), pk=unquote(object_id))
+        form = GiveUpForm(request.POST if request.method == "POST" else None)
+        if call.status != ToolCall.Status.RELEASED:
+            self.message_user(request, "The call waits for no result.", messages.ERROR)
+        elif form.is_valid():
+            self._give_up(request, call, form.cleaned_data["reason"])
+        else:
+            return self._ask_for_reason(request, call, form)
+        return redirect("admin:sessions_app_toolcall_change", object_id)
+
+    def _give_up(self, request: HttpRequest, call: ToolCall, reason: str) -> None:
+        try:
+            unanswered.give_up(replace(person(request), account_id=call.session.account_id), call, reason)
+        except APIError as refusal:
+            self.message_user(request, f"Not done. {visible(refusal.message)}", messages.ERROR)
+        except OperationalError:
+            away = "The database does not answer at the moment: nothing was done. Try again."
+            self.message_user(request, away, messages.ERROR)
+        else:
+            self.message_user(request, "Given up. The agent has been told.", messages.SUCCESS)
+
+    def _ask_for_reason(self, request: HttpRequest, call: ToolCall, form: GiveUpForm) -> HttpResponseBase:
+        context = {
+            **self.admin_site.each_context(request),
+            "title": "Give a tool call up",
+            "subtitle": clipped(str(call), 60),
+            "opts": self.opts,
+            "original": Shown(call),
+            "media": self.media + form.media,
+            "form": form,
+            "call": call,
+            "arguments": box(as_json(call.final_arguments)),
+        }
+        status = 422 if form.is_bound else 200
+        return TemplateResponse(request, "sessions_app/give_up.html", context, status=status)
 
     @display(description="Asked (UTC)", ordering="created_at")
     def asked(self, call: ToolCall) -> str:
@@ -388,6 +484,14 @@ class ToolCallAdmin(BrowseOnlyAdmin):
     @display(description="Answered (UTC)")
     def answered(self, call: ToolCall) -> str:
         return moment(call.answered_at)
+
+    @display(description="Result until (UTC)")
+    def until(self, call: ToolCall) -> str:
+        return moment(call.deadline_at)
+
+    @display(description="Time for its result")
+    def patience(self, call: ToolCall) -> str:
+        return EMPTY if call.deadline_seconds is None else f"{call.deadline_seconds:,} s"
 
     @display(description="Duration")
     def took(self, call: ToolCall) -> str:

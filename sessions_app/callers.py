@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.conf import settings
+from django.http import HttpRequest
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
@@ -51,6 +52,18 @@ def caller_of(headers: Mapping[str, str], *, channel: str = "api", request_id: s
     if not expected or not hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), expected):
         raise Unauthorized("unauthorized")
     return Caller(FIRST_ACCOUNT, "internal", channel, request_id, address)
+
+
+def person(request: HttpRequest) -> Caller:
+    """Who is logged in to the admin, as the records name them."""
+    return Caller(
+        FIRST_ACCOUNT,
+        request.user.get_username(),
+        channel="admin",
+        request_id=request.request_id,  # type: ignore[attr-defined]
+        address=request.META.get("REMOTE_ADDR") or "",
+        is_operator=True,
+    )
 
 
 class CallerAuthentication(BaseAuthentication):

@@ -13,7 +13,7 @@ from typing import Any, Self
 from django.conf import settings
 from django.db import models
 from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, Subquery, Value, When
-from django.db.models.expressions import CombinedExpression
+from django.db.models.expressions import Combinable, CombinedExpression
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
@@ -460,6 +460,11 @@ class ToolCallQuerySet(QuerySet["ToolCall"]):
         """Those without their one answer."""
         return self.exclude(status=ToolCall.Status.ANSWERED)
 
+    def overdue(self) -> Self:
+        """Those that were released and got no result in their time."""
+        # The time alone is looked up: only calls that wait for a result have one, so its index is small.
+        return self.filter(deadline_at__lte=Now(), status=ToolCall.Status.RELEASED)
+
     def in_order(self) -> Self:
         return self.order_by("turn__position", "round", "position")
 
@@ -468,7 +473,9 @@ class ToolCall(models.Model):
     """Something the model asks to have done. Open until it has its one answer, which the model reads as its result.
 
     Its arguments never change: what a person saw is what may run. An edit is part of the decision; what may run by it
-    stands in `released_arguments`. Both are canonical JSON.
+    stands in `released_text`. Both are canonical JSON.
+
+    Its deadline begins with its release, so no time runs while it waits for a person.
     """
 
     class Status(models.TextChoices):
@@ -483,6 +490,8 @@ class ToolCall(models.Model):
         REJECTED = "rejected"
         SUPERSEDED = "superseded"
         CANCELLED = "cancelled"
+        TIMED_OUT = "timed_out", "timed out"
+        IN_DOUBT = "in_doubt", "in doubt"
 
     call_id = models.CharField(primary_key=True, max_length=27, default=new_call_id)
     session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="calls")
@@ -501,8 +510,12 @@ class ToolCall(models.Model):
     status = models.CharField(max_length=16, choices=Status.choices)
     outcome = models.CharField(max_length=16, choices=Outcome.choices, blank=True)
     answer = models.TextField(blank=True, help_text="What the model reads as its result.")
+    deadline_seconds = models.PositiveIntegerField(
+        null=True, help_text="How long its client has for a result, as its tool said when it was asked for."
+    )
     created_at = models.DateTimeField(db_default=Now())
     released_at = models.DateTimeField(null=True)
+    deadline_at = models.DateTimeField(null=True, help_text="While a result is waited for: until when.")
     answered_at = models.DateTimeField(null=True)
 
     objects = ToolCallQuerySet.as_manager()
@@ -514,6 +527,7 @@ class ToolCall(models.Model):
             models.Index(fields=["session"], condition=~Q(status="answered"), name="call_open"),
             models.Index(fields=["created_at"], name="call_by_time"),
             models.Index(fields=["tool_name", "created_at"], name="call_by_tool"),
+            models.Index(fields=["deadline_at"], condition=Q(deadline_at__isnull=False), name="call_by_deadline"),
         ]
 
     def __str__(self) -> str:
@@ -539,6 +553,7 @@ class ToolCall(models.Model):
             ToolCall.Status.WAITING,
             status=ToolCall.Status.RELEASED,
             released_at=Now(),
+            deadline_at=deadline(self.deadline_seconds),
             released_text=edited_text,
             args_hash=args_hash,
         )
@@ -554,6 +569,7 @@ class ToolCall(models.Model):
             status=ToolCall.Status.ANSWERED,
             answer=text,
             outcome=outcome,
+            deadline_at=None,
             # Answers stand in the order of their arrival; the database's clock may be too coarse to tell it.
             answered_at=timezone.now(),
         )
@@ -563,7 +579,7 @@ class ToolCall(models.Model):
         if not ToolCall.objects.filter(pk=self.pk, status__in=expected).update(**changes):
             raise CallMoved(f"{self} is not {' or '.join(expected)} any more")
         for name, value in changes.items():
-            if not isinstance(value, Now):
+            if not isinstance(value, Combinable):
                 setattr(self, name, value)
 
 
@@ -608,6 +624,11 @@ class IdempotencyRecord(models.Model):
 
     def __str__(self) -> str:
         return f"{self.key} of {self.caller}"
+
+
+def deadline(seconds: int | None) -> CombinedExpression | None:
+    """Until when a call that is released now may be answered, on the database's clock; None: for ever."""
+    return None if seconds is None else Now() + timedelta(seconds=seconds)
 
 
 def lease_end() -> CombinedExpression:

@@ -695,6 +695,7 @@ def test_a_client_that_was_away_finds_what_to_execute() -> None:
             "state": "waiting" if call == waiting else "released",
             "requires_approval": call != released,
             "released_at": None if call == waiting else fresh_call(call).released_at.isoformat(),  # type: ignore[union-attr]
+            "deadline_at": None if call == waiting else fresh_call(call).deadline_at.isoformat(),  # type: ignore[union-attr]
         }
         for call in (waiting, edited, released)
     ]
@@ -1102,7 +1103,7 @@ def status_of_turn(call: ToolCall) -> str:
 def test_what_comes_after_the_answer_changes_nothing() -> None:
     call = make_waiting_call(make_session())
     acceptance.tool_result(ToolResult("s", call.pk, "first"), CALLER)
-    before = everything()
+    before = everything(AuditEntry)
 
     assert acceptance.tool_result(ToolResult("s", call.pk, "second"), CALLER).has_frames is False
     with pytest.raises(Refused) as refused:
@@ -1110,18 +1111,19 @@ def test_what_comes_after_the_answer_changes_nothing() -> None:
 
     assert refused.value.chunk.code == "already_decided"
     assert refused.value.chunk.metadata["decided_by"] == "tests"
-    assert everything() == before
+    assert everything(AuditEntry) == before
+    assert AuditEntry.objects.filter(action="call.late_result").count() == 1, "who sent it is written down"
 
 
 @pytest.mark.parametrize("way", ["reject", "error", "cancel", "new message"])
 def test_a_result_for_a_call_that_was_closed_is_passed_over(way: str) -> None:
     call = make_waiting_call(make_session())
     WAYS[way](call)
-    before = everything()
+    before = everything(AuditEntry)
 
     assert acceptance.tool_result(ToolResult("s", call.pk, "late"), CALLER).has_frames is False
 
-    assert everything() == before
+    assert everything(AuditEntry) == before
 
 
 @pytest.mark.parametrize(

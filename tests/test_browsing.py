@@ -185,7 +185,7 @@ def test_tool_calls_are_filtered_by_how_they_ended(operator: Client) -> None:
 
     assert shown == [2, 4, 0, 1, 1, 1, 3, 1, 0, 1]
     text = read(operator, list_of(ToolCall)).text
-    assert all(words in text for words in ("waits for a person", "released, waits for its result", "done", "rejected"))
+    assert all(words in text for words in ("waits for a person", "released, waits for its result", "ok", "rejected"))
 
 
 @pytest.mark.parametrize("page", TIMED)

@@ -457,6 +457,27 @@ def test_a_client_that_dies_before_its_result_arrived_executes_nothing_twice(
     assert ('"exit_code": 0' in results(played)[0]) == has_ended
 
 
+def test_a_command_whose_time_runs_out_while_the_user_thinks_is_not_executed(
+    mortal: Server, played: ScriptedLLM, folder: Path
+) -> None:
+    played.script(runs("echo once >> log", by_shell=True), say("Then not."))
+    with Chat(mortal, folder) as chat:
+        chat.say("Run it")
+        decide(mortal, chat, "approve")
+        chat.expect("[y/N]")
+        late = "UPDATE sessions_app_toolcall SET deadline_at = released_at WHERE session_id = ?"
+        databases.change(mortal.database, late, chat.session_id)
+        ended = "SELECT outcome FROM sessions_app_toolcall WHERE session_id = ?"
+        eventually(lambda: databases.rows(mortal.database, ended, chat.session_id) == [("timed_out",)])
+        chat.say("y")
+
+        chat.expect("(tool_timed_out)")
+        chat.expect("│ Then not.\n")
+        assert chat.leave() == 0
+
+    assert not (folder / "log").exists()
+
+
 def test_an_answer_that_is_lost_on_the_way_doubles_nothing(mortal: Server, played: ScriptedLLM, folder: Path) -> None:
     played.script(call("write_file", {**WRITE, "backup": True}), say("Done."))
     with Proxy(mortal) as proxy, Chat(proxy.url, folder) as chat:

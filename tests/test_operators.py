@@ -22,6 +22,7 @@ from events_app.models import AuditEntry, StreamBatch
 from messages_app import acceptance
 from messages_app.inbound import ToolResult
 from messages_app.models import Message
+from sessions_app import unanswered
 from sessions_app.models import Account, Session, ToolCall, Turn
 from tests.factories import (
     CALLER,
@@ -589,6 +590,20 @@ def test_after_an_execution_of_something_else_nothing_is_known(olga: Client) -> 
     Turn.objects.update(status="completed")
 
     assert "is not known" in card(olga, waiting("write_file", {"path": "a.md", "content": "new\n"})).text
+
+
+@pytest.mark.parametrize("path", ["a.md", "b.md"])
+def test_after_a_write_of_which_nobody_knows_whether_it_happened_nothing_is_known(path: str, olga: Client) -> None:
+    read_before(make_session(), "a.md", OLD)
+    written = waiting("write_file", {"path": path, "content": "perhaps\n"})
+    decide(olga, written, "approve")
+    unanswered.give_up(OPERATOR, written.call, "Gone.")
+    Turn.objects.update(status="completed")
+
+    text = card(olga, waiting("write_file", {"path": "a.md", "content": "new\n"})).text
+
+    assert ("is not known" in text) == (path == "a.md")
+    assert ("-two" in text) == (path == "b.md")
 
 
 def test_what_is_no_text_is_told_from_a_text_that_looks_alike(olga: Client) -> None:

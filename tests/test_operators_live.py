@@ -13,7 +13,7 @@ from events_app.display import visible
 from tests.pages import INJECTIONS
 from tests.people import QUEUE, WAIT_MS, at_work
 from tests.scripted_llm import ScriptedLLM, call, say
-from tests.server import Server, eventually, running
+from tests.server import Server, eventually, running, until
 from tests.staff import password_of
 
 pytestmark = pytest.mark.browser
@@ -243,3 +243,29 @@ def test_who_logs_in_lands_on_the_start_page(office: Server, browser: Browser) -
     page.wait_for_url(f"{office.url}/admin/")
     assert "olga" in page.inner_text("body")
     page.close()
+
+
+def test_a_call_that_nobody_answers_is_given_up_and_the_agent_goes_on(
+    office: Server, llm: ScriptedLLM, browser: Browser
+) -> None:
+    call_id = ask_for(office, llm, "s")
+    decide(office, call_id, "approve")
+    llm.script(say("Then we cannot know."))
+    with at_work(browser, office.url, "olga") as desk, office.following("s") as frames:
+        page = desk.open("/admin/sessions_app/toolcall/?status=released")
+        page.locator("#result_list a", has_text="write_file").click()
+        page.click("text=Give up…")
+        expect(page.locator("main, #main").first).to_contain_text("nobody knows whether it was executed")
+        page.click('button:has-text("Give up")')
+        expect(page.locator("body")).to_contain_text("This field is required")
+        page.fill('textarea[name="reason"]', "The laptop is at the bottom of the lake.")
+        page.click('button:has-text("Give up")')
+
+        expect(page.locator("body")).to_contain_text("Given up. The agent has been told.")
+        expect(page.locator("body")).to_contain_text("in doubt")
+        seen = until(frames, "turn_finished")
+    errors = [frame.data["metadata"] for frame in seen if frame.type == "error"]
+    assert errors == [{"code": "tool_given_up", "call_id": call_id}]
+    told = [message["content"] for message in llm.answers[-1]["messages"] if message["role"] == "tool"]
+    assert "at the bottom of the lake" in told[0]
+    assert office.history("s")[-1] == ("assistant", "Then we cannot know.")

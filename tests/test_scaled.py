@@ -221,6 +221,21 @@ def test_a_turn_that_nobody_was_told_of_is_found(breakable: Installation, llm: S
         assert answer.result(25)[-1].event == "done"
 
 
+def test_a_call_whose_time_is_over_is_ended_by_a_worker(scaled: Installation, played: ScriptedLLM) -> None:
+    played.script(call("read_file", '{"path": "a.md"}', id="c1"), say("Then without it."))
+    one, other = scaled.webs
+    asked = next(frame.data for frame in one.say("s7", "Read it.") if frame.type == "tool_call")
+    late = f"UPDATE sessions_app_toolcall SET deadline_at = released_at WHERE call_id = '{asked['call_id']}'"  # noqa: S608
+
+    with other.following("s7") as followed:
+        databases.change(scaled.database, late)
+        seen = until(followed, "turn_finished")
+
+    errors = [frame.data["metadata"] for frame in seen if frame.type == "error"]
+    assert errors == [{"code": "tool_timed_out", "call_id": asked["call_id"]}]
+    assert one.history("s7")[-1] == ("assistant", "Then without it.")
+
+
 def test_connections_stay_within_the_pools(scaled: Installation, played: ScriptedLLM) -> None:
     played.default = lambda body: say("word " * 20, pause=0.02)
 

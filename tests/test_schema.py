@@ -30,7 +30,7 @@ from messages_app import transcript
 from orchestrator_site.errors import APIError
 from orchestrator_site.schema import bodies, document, shapes
 from orchestrator_site.schema.examples import ARGUMENTS, CALL, EXAMPLES, HASH, SESSION
-from orchestrator_site.schema.frames import ENDS_THE_TURN, REFUSES_A_CALL, REFUSES_A_MESSAGE
+from orchestrator_site.schema.frames import ENDS_A_CALL, ENDS_THE_TURN, REFUSES_A_CALL, REFUSES_A_MESSAGE
 from orchestrator_site.schema.refusals import DETAILS
 from orchestrator_site.urls import contract
 from tests import databases
@@ -220,7 +220,7 @@ def test_every_code_is_in_the_document_and_in_the_readme() -> None:
     assert set(shown) <= set(REFUSES_A_CALL)
     assert issubclass(handoffs.TooManyHandoffs, ModelError)
     readme = (ROOT / "README.md").read_text()
-    documented = {*told, *ENDS_THE_TURN, *REFUSES_A_CALL, *REFUSES_A_MESSAGE}
+    documented = {*told, *ENDS_THE_TURN, *REFUSES_A_CALL, *ENDS_A_CALL, *REFUSES_A_MESSAGE}
     assert {code for code in documented if f"`{code}`" not in readme} == set()
 
 
@@ -708,6 +708,17 @@ Recording = dict[str, list[Frame]]
 SWITCH = {"type": "switch_agent", "agent_type": "coder"}
 
 
+def let_time_run_out(server: Server, call_id: str) -> None:
+    change(server, f"UPDATE sessions_app_toolcall SET deadline_at = released_at WHERE call_id = '{call_id}'")  # noqa: S608
+
+
+def give_up(server: Server, call_id: str) -> None:
+    program = "from tests.factories import OPERATOR; from sessions_app import models, unanswered;"
+    act = f"unanswered.give_up(OPERATOR, models.ToolCall.objects.get(pk='{call_id}'), 'Gone.')"
+    outcome = server.manage("shell", "-c", program + act)
+    assert outcome.returncode == 0, outcome.stderr
+
+
 class Recorder:
     """Plays conversations and keeps every frame, of the answers and of the sessions' own streams."""
 
@@ -788,6 +799,13 @@ def recording(server: Server, llm: PlannedLLM) -> Recording:
     on.answer("superseded", world.session_id, {"type": "user_message", "content": "Something else"})
     on.follow("superseded", world)
 
+    for name, end in (("timed out", let_time_run_out), ("given up", give_up)):
+        world = on.world()
+        on.decide(name, world, decision="approve")
+        end(server, world.call_id)
+        eventually(lambda ended=world: stored(server, "status", "sessions_app_turn", ended.session_id) == "completed")
+        on.follow(name, world)
+
     world = on.world()
     on.decide("refused", world, decision="maybe")
     on.decide("refused", world, decision="approve", args_hash="x")
@@ -836,7 +854,7 @@ def test_each_kind_of_frame_was_recorded(recording: Recording) -> None:
 
     # That one needs a server that dies.
     assert recorded == (KINDS | {"StreamEnd"}) - {"RestartedChunk"}
-    assert codes >= {*REFUSES_A_CALL, *REFUSES_A_MESSAGE, "already_decided"}
+    assert codes >= {*REFUSES_A_CALL, *ENDS_A_CALL, *REFUSES_A_MESSAGE, "already_decided"}
     assert codes >= {"model_rejected", "model_interrupted", "model_empty_answer"}
     assert ends >= {("completed", None), ("cancelled", "superseded"), ("cancelled", "cancelled")}
     assert {status for status, _ in ends} == {"completed", "failed", "cancelled"}

@@ -373,6 +373,13 @@ DOUBLED = {str(number): {"allOf": [{"$ref": f"#/$defs/{number + 1}"}] * 2} for n
         ("parameters", {"type": "object", "properties": {"a": {"unevaluatedItems": False}}}, "unevaluatedItems"),
         ("parameters", {"type": "object", "properties": {"a": {"$dynamicRef": "#a"}}}, "$dynamicRef"),
         ("parameters", {"type": "object", "properties": {"\u202ea": {"type": 5}}}, "⟨U+202E⟩"),
+        ("deadline_seconds", "0", "greater than or equal to 1"),
+        ("deadline_seconds", "-1", "greater than or equal to 1"),
+        ("deadline_seconds", "86401", "less than or equal to 86400"),
+        ("deadline_seconds", "9" * 30, "less than or equal to 86400"),
+        ("deadline_seconds", "1.5", "whole number"),
+        ("deadline_seconds", "NaN", "whole number"),
+        ("deadline_seconds", "ten minutes", "whole number"),
     ],
 )
 def test_a_tool_that_would_break_something_is_refused(superuser: Client, field: str, value: Any, why: str) -> None:
@@ -402,6 +409,29 @@ def test_a_schema_with_bounds_is_taken(superuser: Client, schema: dict[str, Any]
     assert add(superuser, Tool, name="deploy", description="Deploys.", parameters=json.dumps(schema)).status_code == 302
 
     assert Tool.objects.get(pk="deploy").parameters == schema
+
+
+@pytest.mark.parametrize(("entered", "stored"), [("1", 1), ("86400", 86_400), ("", None)])
+def test_a_deadline_is_stored_and_makes_no_other_version(superuser: Client, entered: str, stored: int | None) -> None:
+    tool = make_tool(deadline_seconds=30)
+
+    assert edit(superuser, tool, deadline_seconds=entered).status_code == 302
+
+    tool.refresh_from_db()
+    assert (tool.deadline_seconds, tool.version) == (stored, 1)
+    details = AuditEntry.objects.get().details
+    assert details == {"before": {"deadline_seconds": 30}, "after": {"deadline_seconds": stored}}
+
+
+def test_a_tool_that_the_server_executes_has_no_deadline(superuser: Client) -> None:
+    tool = Tool.objects.get(pk="switch_mode")
+
+    errors = errors_of(edit(superuser, tool, deadline_seconds="60"))
+
+    assert list(errors) == ["deadline_seconds"]
+    assert "nobody to wait for" in errors["deadline_seconds"]
+    tool.refresh_from_db()
+    assert tool.deadline_seconds is None
 
 
 def test_another_schema_or_description_is_another_version(superuser: Client) -> None:

@@ -476,7 +476,7 @@ def test_a_bug_is_found_planned_and_fixed_while_everything_goes_wrong(
         (check_again, "approve"),
         (directory, "superseded"),
     ]
-    entries = rows(
+    *entries, late_result = rows(
         server,
         "SELECT actor, channel, action, outcome, target, reason, details FROM events_app_auditentry"
         " WHERE session_id = ? ORDER BY id",
@@ -485,6 +485,7 @@ def test_a_bug_is_found_planned_and_fixed_while_everything_goes_wrong(
     assert [entry[:5] for entry in entries] == [
         ("internal", "api", f"approval.{verdict}", "done", one["call_id"]) for one, verdict in decided
     ]
+    assert late_result[2:5] == ("call.late_result", "done", directory["call_id"])
     assert [entry[5] for entry in entries] == ["", "", "One document is enough.", "", "", ""]
     hashes = [
         (details["args_hash_before"], details["args_hash_after"])

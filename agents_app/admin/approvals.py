@@ -22,7 +22,6 @@ from unfold.decorators import display
 
 from agents_app import approvals, effects
 from agents_app.admin.card import Card, seal, shown_changes, unseal
-from agents_app.admin.editing import person
 from agents_app.admin.json_editor import JSONTextarea
 from agents_app.approval_views import choice_in
 from agents_app.approvals import ArgumentsChanged, Choice
@@ -33,7 +32,7 @@ from events_app.display import EMPTY, badge, clipped, link, moment, visible
 from events_app.filters import TimeRange, exactly
 from orchestrator_site.errors import APIError, Unavailable, from_validation
 from orchestrator_site.http import read_json, wire_time
-from sessions_app.callers import Caller
+from sessions_app.callers import Caller, person
 
 DECIDE = "agents_app.decide_approvalrequest"
 ABOUT_CHARS = 160

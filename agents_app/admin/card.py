@@ -16,7 +16,8 @@ from agents_app import effects
 from agents_app.binding import canonical
 from agents_app.effects import Change, KnownContent, Line
 from agents_app.models import ApprovalRequest, Decision, Tool
-from events_app.display import as_json, clipped, escaped_json, odd_words, visible
+from events_app.display import as_json, clipped, escaped_json, moment, odd_words, visible
+from sessions_app.admin import ENDED
 from sessions_app.models import Session, ToolCall
 
 SALT = "agents_app.decision"
@@ -249,8 +250,8 @@ def _message(message: Any) -> Said:
 
 
 def _call(call: ToolCall) -> Said:
-    ended = call.outcome or call.status
-    text = f"{visible(call.tool_name)} {clipped(effects.touched(call.final_arguments), 200)}: {ended}"
+    ended, _ = ENDED[call.outcome]
+    text = f"{visible(call.tool_name)} {clipped(effects.touched(call.final_arguments), 200)}: {ended or call.status}"
     return Said(call.created_at, visible(call.agent), text, is_call=True)
 
 
@@ -282,9 +283,12 @@ def _steps(card: Card) -> Iterator[Step]:
         words_of = {
             ToolCall.Outcome.OK: "Executed: the client sent its result",
             ToolCall.Outcome.ERROR: "Failed: the client sent an error",
+            ToolCall.Outcome.TIMED_OUT: f"Timed out: no result came within {call.deadline_seconds} s",
+            ToolCall.Outcome.IN_DOUBT: "In doubt: an operator ended the wait for a result",
         }
         yield Step(call.answered_at, words_of.get(ToolCall.Outcome(call.outcome), f"Closed: {call.outcome}"))
     elif call.is_open and call.released_at is not None:
-        yield Step(None, "Waiting for the client's result")
+        until = f", until {moment(call.deadline_at)} UTC" if call.deadline_at is not None else ""
+        yield Step(None, f"Waiting for the client's result{until}")
     if made is not None and made.verdict == Decision.Verdict.REJECT:
         yield Step(call.answered_at, "The agent was told, and goes on without it")

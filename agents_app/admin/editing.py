@@ -18,7 +18,7 @@ from unfold.admin import ModelAdmin
 from events_app import log
 from events_app.admin import ensure_text, is_harmless
 from events_app.display import Shown, visible
-from sessions_app.callers import FIRST_ACCOUNT, Caller
+from sessions_app.callers import person
 
 CHANGED_MEANWHILE = (
     "Somebody changed this while it was open here; the audit log says who. Nothing was saved. "
@@ -181,18 +181,6 @@ class EditableAdmin(ModelAdmin):
             before=before,
             after=after,
         )
-
-
-def person(request: HttpRequest) -> Caller:
-    """Who is logged in, as the records name them."""
-    return Caller(
-        FIRST_ACCOUNT,
-        request.user.get_username(),
-        channel="admin",
-        request_id=request.request_id,  # type: ignore[attr-defined]
-        address=request.META.get("REMOTE_ADDR") or "",
-        is_operator=True,
-    )
 
 
 def values_of(record: Model) -> Values:

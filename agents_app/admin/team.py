@@ -113,7 +113,7 @@ class ToolAdmin(Hidden, EditableAdmin):
     thing = "tool"
     text_field = "description"
     form = ToolForm
-    list_display = ("heading", "says", "place", "version_shown", "executed")
+    list_display = ("heading", "says", "place", "version_shown", "executed", "patience")
     search_fields = ("name", "description")
     search_help_text = "Words of a name or a description"
     ordering = ("position", "name")
@@ -121,11 +121,13 @@ class ToolAdmin(Hidden, EditableAdmin):
         (None, {"fields": ("seen", ("name", "position"), ("version_shown", "executed"))}),
         ("What the model is told", {"fields": ("description", "hidden_characters")}),
         ("Arguments", {"fields": ("parameters",)}),
+        ("Result", {"fields": ("deadline_seconds",)}),
     )
     browse_fieldsets = (
         (None, {"fields": (("heading", "place"), ("version_shown", "executed"))}),
         ("What the model is told", {"fields": ("description_whole",)}),
         ("Arguments", {"fields": ("schema",)}),
+        ("Result", {"fields": ("patience",)}),
     )
     readonly_fields = (
         "heading",
@@ -134,6 +136,7 @@ class ToolAdmin(Hidden, EditableAdmin):
         "executed",
         "description_whole",
         "schema",
+        "patience",
         "hidden_characters",
     )
 
@@ -159,6 +162,10 @@ class ToolAdmin(Hidden, EditableAdmin):
     @display(description="Executed by")
     def executed(self, tool: Tool) -> str:
         return "the server" if tool.name in ON_THE_SERVER else "the client"
+
+    @display(description="Deadline", ordering="deadline_seconds")
+    def patience(self, tool: Tool) -> str:
+        return EMPTY if tool.deadline_seconds is None else f"{tool.deadline_seconds:,} s"
 
     @display(description="Description")
     def description_whole(self, tool: Tool) -> str:

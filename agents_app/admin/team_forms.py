@@ -22,6 +22,7 @@ from sessions_app.models import ORCHESTRATOR, Session, ToolCall, Turn
 
 MAX_PROMPT_CHARS = 50_000
 MAX_DESCRIPTION_CHARS = 10_000
+MAX_DEADLINE_SECONDS = 24 * 3600
 NO_SUCH_TOOL = "not offered: no such tool"
 # In which mode the code itself passes sessions to whom.
 NEEDED = {"multi_agent": {ORCHESTRATOR, *SPECIALISTS}, "single_agent": {ORCHESTRATOR, SINGLE_AGENT.agent}}
@@ -162,10 +163,21 @@ class ToolForm(EditForm):
             "another version: calls of the one before that wait for a person can only be rejected."
         ),
     )
+    deadline_seconds = forms.IntegerField(
+        required=False,
+        min_value=1,
+        max_value=MAX_DEADLINE_SECONDS,
+        label="Deadline in seconds",
+        widget=widgets.UnfoldAdminIntegerFieldWidget,
+        help_text=(
+            "How long the client has for a result, from the moment in which a call is released to it. Then the agent "
+            f"is told that none came, and goes on. 1 to {MAX_DEADLINE_SECONDS:,}. Empty: as long as it takes."
+        ),
+    )
 
     class Meta:
         model = Tool
-        fields = ("name", "position", "description", "parameters")
+        fields = ("name", "position", "description", "parameters", "deadline_seconds")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -183,6 +195,12 @@ class ToolForm(EditForm):
         if self.cleaned_data.get("name") in ON_THE_SERVER:
             _ensure_passes_on(schema)
         return schema
+
+    def clean_deadline_seconds(self) -> int | None:
+        seconds: int | None = self.cleaned_data["deadline_seconds"]
+        if seconds is not None and self.cleaned_data.get("name") in ON_THE_SERVER:
+            raise forms.ValidationError("The server executes this tool: there is nobody to wait for.", code="built_in")
+        return seconds
 
     def save(self, commit: bool = True) -> Any:
         """Another schema or description is another tool: what waits for a person was asked of the one before."""

@@ -187,6 +187,8 @@ def _outcome(content: str) -> str:
             return f"The call was rejected, so nothing was done. The feedback: “{_beginning(feedback)}”"
         case {"status": "rejected"}:
             return "The call was rejected, so nothing was done."
+        case {"status": "timed_out" | "in_doubt", "message": str(message)}:
+            return _beginning(message)
         case {"status": "approved_with_edits", "result": result}:
             shown = result if isinstance(result, str) else content
             return f"The call was approved with edited arguments. {_result(shown)}"
@@ -201,7 +203,7 @@ def _text_read(content: str) -> str:
     match _loaded(content):
         case {"status": "approved_with_edits", "result": str(result)}:
             return _text_read(result)
-        case {"status": "rejected"}:
+        case {"status": "rejected" | "timed_out" | "in_doubt"}:
             return ""
         case {"content": str(text)}:
             return text

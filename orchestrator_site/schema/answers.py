@@ -23,6 +23,7 @@ from orchestrator_site.schema.shapes import (
     nullable,
     one_of,
     only,
+    prose,
     record,
     ref,
     text,
@@ -31,6 +32,10 @@ from orchestrator_site.schema.shapes import (
 from sessions_app.models import ToolCall
 
 Verdict = Decision.Verdict
+DEADLINE = """
+Until when a result of a released call is waited for; null: as long as it takes. Then the call is closed, is listed no
+more, and the model is told that no result came.
+"""
 POSITIVE: Schema = {"type": "integer", "minimum": 1}
 CONFIDENCE = nullable(TEXT)
 REASON = nullable(text(500))
@@ -233,9 +238,17 @@ SCHEMAS: dict[str, Schema] = {
             "state": one_of(ToolCall.Status.WAITING, ToolCall.Status.RELEASED),
             "requires_approval": FLAG,
             "released_at": nullable(TIME),
+            "deadline_at": {**nullable(TIME), "description": prose(DEADLINE)},
         },
         oneOf=[
-            {"properties": {"state": only("waiting"), "requires_approval": only(True), "released_at": NULL}},
+            {
+                "properties": {
+                    "state": only("waiting"),
+                    "requires_approval": only(True),
+                    "released_at": NULL,
+                    "deadline_at": NULL,
+                }
+            },
             {"properties": {"state": only("released"), "released_at": TIME}},
         ],
     ),

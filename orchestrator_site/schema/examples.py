@@ -23,6 +23,7 @@ QUESTION = "Write the release notes"
 BEGAN = "2026-03-02T09:30:00.120000+00:00"
 ASKED = "2026-03-02T09:30:02.480000+00:00"
 DECIDED = "2026-03-02T09:31:10.005000+00:00"
+DEADLINE = "2026-03-02T09:41:10.005000+00:00"
 
 _ROUTED = {"from_agent": "orchestrator", "to_agent": "coder", "reason": "It asks for a file.", "confidence": "high"}
 _USAGE = {"prompt_tokens": 412, "completion_tokens": 57, "total_tokens": 469}
@@ -113,6 +114,7 @@ EXAMPLES: dict[str, Any] = {
                 "state": "released",
                 "requires_approval": True,
                 "released_at": DECIDED,
+                "deadline_at": DEADLINE,
             }
         ],
         "count": 1,

@@ -25,6 +25,7 @@ from orchestrator_site.schema.shapes import (
     told_apart,
 )
 from sessions_app.models import RUNNER_LOST, Turn
+from sessions_app.unanswered import GIVEN_UP, TIMED_OUT
 
 Status = Turn.Status
 # The stable words in `metadata.code` of an error, and in `code` of the end of the turn that it fails.
@@ -53,6 +54,11 @@ REFUSES_A_CALL = {
     "path_not_allowed": "the agent may not write this file",
     "denied_by_policy": "a rule denies it",
 }
+# Of a released call that got no result; the model was told, and the turn goes on.
+ENDS_A_CALL = {
+    TIMED_OUT: "its client sent no result in time",
+    GIVEN_UP: "an operator ended the wait for its result",
+}
 # For the request alone that sent a result or a decision; such a frame has no number.
 REFUSES_A_MESSAGE = {
     "unknown_call": "no call of this session waits for it",
@@ -79,6 +85,11 @@ What went wrong, in words for people and in one stable word for programs. `metad
 Of a call that may not be made (the model was told, and goes on):
 
 {_explained(REFUSES_A_CALL)}
+
+Of a released call that got no result (nobody knows whether it was executed; the model was told, and goes on). Its
+client need not execute it any more, and a result that comes after all changes nothing:
+
+{_explained(ENDS_A_CALL)}
 
 Of a result or a decision that is refused:
 
@@ -140,7 +151,7 @@ CHUNKS: dict[str, Schema] = {
             "metadata": {
                 "oneOf": [
                     record({"code": one_of(*dict.fromkeys([*ENDS_THE_TURN, *REFUSES_A_MESSAGE]))}),
-                    record({"code": one_of(*REFUSES_A_CALL), "call_id": CALL_ID}),
+                    record({"code": one_of(*REFUSES_A_CALL, *ENDS_A_CALL), "call_id": CALL_ID}),
                     record({"code": only("already_decided"), **DECIDED}),
                 ]
             },

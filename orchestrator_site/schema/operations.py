@@ -195,6 +195,11 @@ first message. When the session is deleted the connection ends with 4404.
 Pages of a foreign origin are refused. Whether a client may come without a key is told by `WS_WITHOUT_KEY`; a wrong one
 never may.
 """
+OPEN_CALLS = """
+`waiting` calls wait for a person, `released` ones for the client's result, until `deadline_at` where their tool has a
+deadline. One that got its answer is not listed any more, however it ended: with a result, by a decision, at its
+deadline or because an operator gave it up. History has what the model read in place of a result.
+"""
 DECIDE = """
 Exactly one decision counts, whatever path it comes by. `approve` and `edit` release the call to the client that
 executes it, `reject` answers it with the feedback. With `args_hash` it is refused when something else would run.
@@ -354,6 +359,7 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
             answer("OpenCalls", "What a client that was away has to execute, or to wait for."),
             *OF_SESSION,
             parameters=(IN_SESSION,),
+            description=OPEN_CALLS,
         )
     },
     "/sessions/{session_id}/pending-approvals": {

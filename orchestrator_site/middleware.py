@@ -10,7 +10,7 @@ from django.core.exceptions import BadRequest as DjangoBadRequest
 from django.core.exceptions import DisallowedHost, SuspiciousOperation, TooManyFieldsSent
 from django.db import Error as DatabaseError
 from django.db import InterfaceError, OperationalError
-from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.http.response import HttpResponseBase
 
 from orchestrator_site import logs
@@ -59,6 +59,8 @@ class RequestMiddleware:
             return await self.get_response(request)
         try:
             _check_host(request)
+            if path == "/" and _is_browser(request):
+                return HttpResponseRedirect("/admin/")
             if path not in OPEN_PATHS:
                 request.caller = caller_of(  # type: ignore[attr-defined]
                     request.headers,
@@ -125,6 +127,11 @@ def readable(error: APIError) -> HttpResponse:
     if error.status in (429, 503):
         response["Retry-After"] = RETRY_AFTER
     return response
+
+
+def _is_browser(request: HttpRequest) -> bool:
+    """Somebody who typed the server's address. For a client there is nothing at its root."""
+    return request.method in ("GET", "HEAD") and "text/html" in request.headers.get("Accept", "")
 
 
 def _check_host(request: HttpRequest) -> None:

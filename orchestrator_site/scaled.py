@@ -208,7 +208,7 @@ class Scaled:
             for service in self.services:
                 if not service.is_running and not self._is_told:
                     code = service.process.returncode if service.process else None
-                    _say(f"{service.name} ended with {code} and is started again; {service.log} says why.")
+                    _say(f"{service.name} ended with {code} and is started again; what it said is in {service.log}.")
                     try:
                         service.start()
                     except ServiceFailed as failure:

@@ -13,7 +13,7 @@ from events_app.database import on_database_thread
 from events_app.views import SessionMetricsView
 from orchestrator_site.http import SESSION_PATH
 from orchestrator_site.schema.views import docs, schema
-from orchestrator_site.views import HealthView, healthz, readyz
+from orchestrator_site.views import HealthView, favicon, healthz, readyz
 from sessions_app.callers import Caller
 from sessions_app.models import Session
 
@@ -41,6 +41,7 @@ urlpatterns = [
     path("docs", docs),
     path("healthz", healthz),
     path("readyz", readyz),
+    path("favicon.ico", favicon),
     *contract,
     path("api/v1/", include(contract)),
 ]

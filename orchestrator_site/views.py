@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from django.conf import settings
-from django.http import HttpRequest, JsonResponse
+from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.http.response import HttpResponseBase
 from django.views import defaults
 from rest_framework.request import Request
@@ -49,6 +49,12 @@ async def readyz(request: HttpRequest) -> HttpResponseBase:
     if seen["status"] == UNAVAILABLE:
         return JsonResponse(seen, status=503, headers={"Retry-After": RETRY_AFTER})
     return JsonResponse(seen)
+
+
+@allow("GET", "HEAD")
+async def favicon(request: HttpRequest) -> HttpResponseBase:
+    """GET /favicon.ico: there is none. Browsers ask without being told to, and need not ask again all day."""
+    return HttpResponse(status=204, headers={"Cache-Control": "max-age=86400"})
 
 
 def bad_request(request: HttpRequest, exception: Exception) -> HttpResponseBase:

@@ -40,6 +40,28 @@ def test_health_is_open(server: Server) -> None:
         assert (answer.json()["status"], answer.json()["service"]) == ("healthy", "agent-runtime")
 
 
+@pytest.mark.parametrize(
+    ("path", "accept", "status", "location"),
+    [
+        ("/", "text/html,application/xhtml+xml,*/*;q=0.8", 302, "/admin/"),
+        ("/", "application/json", 401, None),
+        ("/", "*/*", 401, None),
+        ("/favicon.ico", "image/*", 204, None),
+    ],
+)
+def test_a_browser_without_a_key_finds_the_admin_and_a_client_nothing(
+    server: Server, path: str, accept: str, status: int, location: str | None
+) -> None:
+    for method in ("GET", "HEAD"):
+        answer = httpx.request(method, server.url + path, headers={"Accept": accept})
+        assert (answer.status_code, answer.headers.get("location")) == (status, location)
+
+
+def test_at_the_root_a_client_with_the_key_finds_nothing_and_posts_nothing(server: Server) -> None:
+    assert get(server, "/", 404)["code"] == "not_found"
+    assert httpx.post(f"{server.url}/", headers={"Accept": "text/html"}).status_code == 401
+
+
 @pytest.mark.parametrize("header", [{"X-Internal-Auth": KEY}, {"Authorization": f"Bearer {KEY}"}])
 def test_both_headers_carry_the_key(server: Server, header: dict[str, str]) -> None:
     assert httpx.get(f"{server.url}/agents", headers=header).status_code == 200

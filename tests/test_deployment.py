@@ -1,16 +1,22 @@
 """What docs/deployment.md and its files say is so."""
 
 import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
-from orchestrator_site import settings, web
+from orchestrator_site import scaled, settings, web
 from tests import databases
+from tests.scaled import installed
 from tests.scripted_llm import ScriptedLLM
-from tests.server import ROOT, Server, until
+from tests.server import AUTH, ROOT, Server, eventually, free_port, running, until
 
 DEPLOYMENT = ROOT / "docs/deployment"
 PAGE = (ROOT / "docs/deployment.md").read_text()
@@ -33,6 +39,22 @@ def test_the_bounds_of_nginx_fit_those_of_the_web_processes() -> None:
     assert re.findall(r"large_client_header_buffers 4 (\d+)k;", server) == [str(settings.MAX_HEADER_BYTES // 2**10)]
     assert seconds("send_timeout") == [settings.STREAM_STALL_SECONDS]
     assert min(seconds("proxy_read_timeout")) > 2 * settings.STREAM_HEARTBEAT_SECONDS
+    for text in (server, PAGE):
+        assert re.findall(r"server pings\s+every (\d+) s", text) == [f"{settings.STREAM_HEARTBEAT_SECONDS:.0f}"]
+
+
+def test_nginx_asks_again_after_it_connected_in_vain_and_not_after_a_wait_for_the_database() -> None:
+    (longest,) = re.findall(r"proxy_next_upstream_timeout (\d+)ms;", NGINX)
+    pool: Any = settings.on_postgresql["OPTIONS"]
+
+    assert max(seconds("proxy_connect_timeout")) < int(longest) / 1000 < pool["pool"]["timeout"]
+
+
+@pytest.mark.parametrize("text", [PAGE, COMPOSE["services"]["nginx"]["command"][-1]], ids=["page", "containers"])
+def test_one_process_of_nginx_has_room_for_all_streams(text: str) -> None:
+    (room,) = set(re.findall(r"worker_connections (\d+);", text))
+
+    assert int(room) >= 2 * 2 * settings.STREAMS_AT_ONCE
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
@@ -42,6 +64,8 @@ def test_units_start_what_there_is_and_leave_it_the_time_to_stop(unit: Path) -> 
 
     assert command in ("-m orchestrator_site.web", "manage.py procrastinate worker")
     assert int(re.findall(r"TimeoutStopSec=(\d+)", text)[0]) > LONGEST
+    assert f", {LONGEST} s at most." in text
+    assert "StartLimitIntervalSec=0" in text.split("[Service]")[0]
     assert unit.name.replace("@.service", "@") in (DEPLOYMENT / "countersign.target").read_text()
 
 
@@ -51,6 +75,7 @@ def test_containers_have_settings_that_exist_and_the_time_to_stop() -> None:
     assert set(ours) == {"migrate", "web-1", "web-2", "worker"}
     for service in ours.values():
         assert set(service["environment"]) <= set(settings.env.names)
+        assert (DEPLOYMENT / service["env_file"]).resolve() == ROOT / ".env"
         assert int(service["stop_grace_period"].removesuffix("s")) > LONGEST
     for name in ("web-1", "web-2"):
         address = COMPOSE["services"][name]["networks"]["default"]["ipv4_address"]
@@ -64,6 +89,155 @@ def test_every_setting_that_the_page_names_exists() -> None:
 
     assert named
     assert named <= set(settings.env.names)
+
+
+def test_the_example_of_settings_names_those_that_exist() -> None:
+    named = set(re.findall(r"^# ([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+
+    assert named - set(settings.env.names) == {"POSTGRES_PASSWORD"}
+
+
+def test_a_role_behind_a_pooler_is_given_what_each_connection_asks_for() -> None:
+    given = dict(re.findall(r"ALTER ROLE countersign SET (\w+) = '(.+)';", PAGE))
+
+    assert given == {name: value.replace("\\", "") for name, value in settings.parameters.items()}
+
+
+def test_the_page_says_what_every_line_of_the_logs_means() -> None:
+    logged = {
+        event
+        for path in ROOT.glob("*_*/**/*.py")
+        for event in re.findall(r"logger\.(?:info|warning|error|exception)\(\s*\"(\w+)\"", path.read_text())
+    }
+    table = PAGE.split("| `event` |")[1].split("\n\n")[0]
+    explained = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+
+    assert sorted(explained) == sorted(logged)
+    assert len(logged) > 25
+
+
+class Proxy(scaled.Nginx):
+    """nginx with another form of nginx.conf."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        super().__init__(folder, "", [], 0)
+        self._text = text
+
+    def _site(self) -> str:
+        return self._text
+
+
+@pytest.fixture(scope="module")
+def behind_https(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("behind")
+    known = {"BEHIND_HTTPS": "true", "TRUSTED_PROXIES": "127.0.0.1"}
+    with running(folder, migrated, server="web", **known) as started:
+        yield started
+
+
+@contextmanager
+def proxied(folder: Path, server: Server, text: str, **places: object) -> Iterator[httpx.Client]:
+    """A client of nginx with these settings, after some of their places were changed for others."""
+    there = {
+        "127.0.0.1:8001": f"127.0.0.1:{server.port}",
+        "127.0.0.1:8002": f"127.0.0.1:{server.port}",
+        "/var/log/nginx/countersign.log": "access.log",
+        **places,
+    }
+    for place, other in there.items():
+        text = text.replace(place, str(other))
+    nginx = Proxy(folder / "nginx", text)
+    nginx.start()
+    try:
+        with httpx.Client(verify=False, timeout=10) as client:  # noqa: S501 (a certificate made for this test)
+            yield client
+    finally:
+        nginx.stop(signal.SIGQUIT)
+
+
+@pytest.mark.nginx
+def test_with_tls_people_are_sent_on_and_clients_are_told_that_their_key_was_seen(
+    tmp_path: Path, behind_https: Server
+) -> None:
+    step = PAGE.split("    sed -e ")[1].split("docs/deployment/nginx.conf")[0]
+    text = edited(*re.findall(r"'([^']+)'", f"-e {step}"))
+    assert "agents.example.org" not in text
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = f"req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout {key} -out {certificate}"
+    subprocess.run(["openssl", *make.split()], check=True, capture_output=True)
+    plain, secure = f"localhost:{free_port()}", f"localhost:{free_port()}"
+    places = {
+        "listen 443": f"listen {secure}",
+        "listen 80 default_server": f"listen {plain}",
+        "/etc/ssl/countersign.pem": certificate,
+        "/etc/ssl/countersign.key": key,
+    }
+
+    with proxied(tmp_path, behind_https, text, **places) as client:
+        page = client.get(f"https://{secure}/admin/login/")
+        assert (page.status_code, page.headers["strict-transport-security"]) == (
+            200,
+            re.findall("`Strict-Transport-Security: (.*)`", PAGE)[0],
+        )
+        assert client.get(f"https://{secure}/sessions", headers=AUTH).status_code == 200
+        for path in ("/", "/admin/login/?next=/admin/"):
+            sent = client.get(f"http://{plain}{path}")
+            assert (sent.status_code, sent.headers["location"]) == (301, f"https://localhost{path}")
+        told = client.post(f"http://{plain}/sessions", headers=AUTH)
+        assert (told.status_code, told.json()["code"]) == (403, "https_needed")
+        assert client.get(f"https://{secure}/sessions", headers=AUTH).json()["total"] == 0
+
+
+@pytest.mark.nginx
+@pytest.mark.parametrize("front", ["127.0.0.1", "172.30.0.1"], ids=["named", "not named"])
+def test_what_a_proxy_in_front_says_of_its_client_is_believed_of_the_one_that_is_named(
+    tmp_path: Path, behind_https: Server, front: str
+) -> None:
+    # given what the containers do with nginx.conf
+    command = COMPOSE["services"]["nginx"]["command"][-1].split("&& ")[1].split(" /countersign.conf")[0]
+    changed = re.findall(r"-e \"?([^\" ]+ ?//|\S+)\"?", command)
+    text = edited(*changed).replace("172.30.0.1;", f"{front};").replace("172.30.0.1 yes", f"{front} yes")
+    own = f"127.0.0.1:{behind_https.port}"
+    address = f"127.0.0.1:{free_port()}"
+    places = {
+        "172.30.0.11:8000": own,
+        "172.30.0.12:8000": own,
+        "/dev/stdout": "access.log",
+        "listen 80": f"listen {address}",
+    }
+    said = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.9"}
+
+    with proxied(tmp_path, behind_https, text, **places) as client:
+        believed = client.get(f"http://{address}/admin/login/", headers=said).status_code == 200
+        assert client.get(f"http://{address}/admin/login/").status_code == 301, "it came without TLS"
+
+    log = (tmp_path / "nginx/access.log").read_text()
+    assert believed == ('"address":"203.0.113.9"' in log) == (front == "127.0.0.1")
+
+
+def edited(*expressions: str) -> str:
+    """nginx.conf after `sed`."""
+    each = [word for expression in expressions for word in ("-e", expression)]
+    return subprocess.run(["sed", *each], input=NGINX, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.postgresql
+def test_the_gate_of_a_rollout_tells_of_the_very_worker_that_was_restarted(
+    tmp_path: Path, scaled_template: Path, llm: ScriptedLLM
+) -> None:
+    (query,) = re.findall(r'psql -Atd countersign -c "(.*)";', PAGE)
+    with installed(tmp_path, scaled_template, llm, workers=2) as installation:
+
+        def newest() -> Any:
+            return installation.rows(query)[0][0]
+
+        before = newest()
+        installation.workers[0].stop()
+        assert installation.web.http.get("/readyz").json()["runner"] == "ok"
+        assert newest() <= before, "the other worker lives, and does not count"
+
+        installation.workers[0].start()
+        eventually(lambda: newest() > before)
 
 
 def test_whoever_saw_more_than_a_restored_database_knows_is_told_so(server: Server, llm: ScriptedLLM) -> None:

@@ -3,17 +3,20 @@
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psycopg
 import pytest
 
 from orchestrator_site.local_services import PostgreSQL
+from orchestrator_site.scaled import Nginx, Web
 from tests.scaled import SCALED, Worker
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
-from tests.server import Server, eventually, until
+from tests.server import AUTH, Server, eventually, free_port, until
 
 pytestmark = pytest.mark.postgresql
 
@@ -65,3 +68,38 @@ def test_a_busy_worker_whose_database_restarts_takes_up_other_turns_at_once(
         for each in (web, worker):
             if each.process is not None and each.process.poll() is None:
                 each.kill()
+
+
+@pytest.mark.nginx
+def test_behind_nginx_a_database_that_is_away_is_told_after_one_wait_and_not_after_two(
+    tmp_path: Path, cluster: PostgreSQL
+) -> None:
+    settings = {**SCALED, "DATABASE_URL": cluster.url("countersign")}
+    servers = [Server(tmp_path, server="web", **settings) for _ in range(2)]
+    assert servers[0].manage("migrate", "-v0").returncode == 0
+    webs = [Web(tmp_path, "web") for _ in servers]
+    for web, server in zip(webs, servers, strict=True):
+        web.port = server.port
+    listen = f"127.0.0.1:{free_port()}"
+    nginx = Nginx(tmp_path / "nginx", listen, webs, 2**21)
+    try:
+        for server in servers:
+            server.start()
+        nginx.start()
+        with httpx.Client(base_url=f"http://{listen}", headers=AUTH, timeout=30) as client:
+            assert client.get("/sessions").status_code == 200
+            cluster.stop(signal.SIGQUIT)
+
+            for _ in range(3):
+                begun = time.monotonic()
+                answer = client.get("/sessions")
+                assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+                assert answer.headers["retry-after"]
+                # Of one process about 3 s; two, one after the other, would take 6.
+                assert time.monotonic() - begun < 5
+    finally:
+        nginx.stop(signal.SIGQUIT)
+        for server in servers:
+            server.http.close()
+            if server.process is not None:
+                server.kill()

@@ -8,6 +8,7 @@ from typing import Any
 
 from procrastinate import App
 
+from events_app.clock import end_in_time
 from events_app.database import close_threads
 from events_app.feed import feed
 from events_app.relay import Relay
@@ -52,6 +53,7 @@ def _obey_signals(told: asyncio.Event) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
+        end_in_time()
         sys.stdout.write("Stopping. The turns that run here go on elsewhere.\n")
         sys.stdout.flush()
         told.set()

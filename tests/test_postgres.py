@@ -30,9 +30,11 @@ from agents_app.models import Agent, ApprovalRequest, ApprovalRule, TeamVersion,
 from events_app import log
 from events_app.changes import SESSION, NewFacts
 from events_app.chunks import encode_delta
+from events_app.database import hop
 from events_app.frames import Frame
 from messages_app import acceptance, claims
 from messages_app.acceptance import Accepted
+from messages_app.claims import SUSPECTS_TO_ONE
 from messages_app.inbound import UserMessage, own_key
 from messages_app.runner import Runner
 from messages_app.turn_stream import TurnStream, nothing
@@ -123,6 +125,23 @@ def test_a_session_that_somebody_has_locked_holds_up_no_other_and_is_waited_for_
     assert (begun["free"][0].turn_id, left) == (free.pk, {"locked"})
     running.result(10)
     assert Turn.objects.get(pk=locked.pk).attempt == 1
+
+
+def test_of_many_suspects_whose_jobs_come_at_once_a_worker_tries_one(settings: Any, llm: ScriptedLLM) -> None:
+    settings.LLM_BASE_URL, llm.default = llm.url, hold("Half a ", "sentence.", gate=Gate())
+    names = [f"s{number}" for number in range(SUSPECTS_TO_ONE)]
+    for name in names:
+        make_turn(make_session(name))
+    Turn.objects.update(lost_count=settings.TURN_MAX_LOSSES - 1)
+
+    async def take_up_all() -> list[bool]:
+        runner = Runner()
+        await asyncio.gather(*[runner.take_up(name) for name in names])
+        on_trial = await hop(lambda: list(Turn.objects.suspected().values_list("is_singled_out", flat=True)))
+        await runner.stop()
+        return on_trial
+
+    assert asyncio.run(take_up_all()) == [True]
 
 
 def test_a_lease_that_runs_out_while_its_renewal_waits_is_not_renewed(elsewhere: Elsewhere) -> None:

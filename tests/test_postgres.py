@@ -36,7 +36,7 @@ from messages_app import acceptance, claims
 from messages_app.acceptance import Accepted
 from messages_app.claims import SUSPECTS_TO_ONE
 from messages_app.inbound import UserMessage, own_key
-from messages_app.runner import Runner
+from messages_app.runner import PART, Runner
 from messages_app.turn_stream import TurnStream, nothing
 from orchestrator_site.local_services import PostgreSQL
 from sessions_app import lifecycle, retention
@@ -125,6 +125,20 @@ def test_a_session_that_somebody_has_locked_holds_up_no_other_and_is_waited_for_
     assert (begun["free"][0].turn_id, left) == (free.pk, {"locked"})
     running.result(10)
     assert Turn.objects.get(pk=locked.pk).attempt == 1
+
+
+def test_what_waits_when_a_worker_starts_is_taken_up_without_its_jobs() -> None:
+    for number in range(PART + 1):
+        make_turn(make_session(f"s{number}"))
+
+    async def start() -> None:
+        runner = Runner()
+        await runner.take_up_all()
+        await runner.finish()
+
+    asyncio.run(start())
+
+    assert Turn.objects.filter(attempt=1, status=Turn.Status.COMPLETED).count() == PART + 1
 
 
 def test_of_many_suspects_whose_jobs_come_at_once_a_worker_tries_one(settings: Any, llm: ScriptedLLM) -> None:

@@ -148,7 +148,9 @@ def waiting(approval: ApprovalRequest) -> dict[str, Any]:
 
 
 def detailed(approval: ApprovalRequest) -> dict[str, Any]:
-    """Form A of protocol 2.11. The hash is that of the arguments that were shown; an edit's is told with its call."""
+    """Form A of protocol 2.11. `args_hash` is of the arguments that were shown, `released_args_hash` of those that may
+    run: after an edit they differ, and a result echoes the latter.
+    """
     made = getattr(approval, "decision", None)
     return {
         **waiting(approval),
@@ -159,6 +161,7 @@ def detailed(approval: ApprovalRequest) -> dict[str, Any]:
         "decided_at": wire_time(made.decided_at) if made else None,
         "feedback": (made.feedback or None) if made else None,
         "modified_arguments": made.edited_arguments if made else None,
+        "released_args_hash": made.args_hash if made and made.verdict in (Verdict.APPROVE, Verdict.EDIT) else None,
     }
 
 

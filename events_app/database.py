@@ -46,9 +46,25 @@ async def keep(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 async def store(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """As `hop`, for a caller who is told that it did not work rather than kept waiting.
 
-    Raises OperationalError when the database answers nobody any more. What had begun by then may still happen.
+    Raises OperationalError when the database answers nobody any more. What had begun by then is rolled back at its next
+    statement; only what was being committed may still happen.
     """
-    return await _unless_silent(_submit(_writers, function, args, kwargs))
+    given_up = threading.Event()
+
+    def stop(execute: Callable[..., Any], sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        if given_up.is_set():
+            raise OperationalError("nobody waits for this any more")
+        return execute(sql, parameters, many, context)
+
+    def unless_given_up(*args: Any, **kwargs: Any) -> T:
+        with connection.execute_wrapper(stop):
+            return function(*args, **kwargs)
+
+    try:
+        return await _unless_silent(_submit(_writers, unless_given_up, args, kwargs))
+    except OperationalError:
+        given_up.set()
+        raise
 
 
 async def read(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -34,6 +34,8 @@ WISH_SECONDS = 0.5
 PRUNE_SECONDS = 600.0
 # How late the end of a call's time may be noticed.
 DEADLINE_SECONDS = 1.0
+# What waits when a worker starts it takes up in parts, so that workers that start together share it.
+PART, PART_SECONDS = 100, 0.3
 HAND_OVER_SECONDS = 8.0
 HAND_OVER_PAUSE_SECONDS = 0.5
 
@@ -53,6 +55,8 @@ class Runner:
         self._given_up: dict[uuid.UUID, float] = {}
         self._running: set[asyncio.Task[Any]] = set()
         self._places = asyncio.Semaphore(settings.TURNS_AT_ONCE)
+        # One claim at a time: how many suspects are on trial is read before another is claimed.
+        self._claim_lock = asyncio.Lock()
         self._asked: list[tuple[str, asyncio.Future[Begun | None]]] = []
         self._claiming: asyncio.Task[None] | None = None
         self._clocks: list[asyncio.Task[None]] = []
@@ -97,6 +101,25 @@ class Runner:
                 # A database that restarts is back in time, or the leases of these turns have to run out.
                 await asyncio.sleep(HAND_OVER_PAUSE_SECONDS)
 
+    async def take_up_all(self) -> None:
+        """Take up what waits already. A job names each of these turns too, but jobs are fetched one by one."""
+        while not self.is_stopping:
+            places = 0
+            while places < PART and not self._places.locked():
+                places += await self._places.acquire()
+            begun: list[Begun] = []
+            try:
+                async with self._claim_lock:
+                    begun = await hop(claims.claim_turns, self.owner, places)
+            finally:
+                for _ in range(places - len(begun)):
+                    self._places.release()
+            for each in begun:
+                self._begin(each[0].session_id, each)
+            if not begun:
+                return
+            await asyncio.sleep(PART_SECONDS)
+
     async def take_up(self, session_id: str) -> None:
         """Claim the turn of a session that may run now, and run it, and those after it, in a task of their own. Waits
         for a place among TURNS_AT_ONCE.
@@ -114,9 +137,12 @@ class Runner:
             if begun is None:
                 self._places.release()
         if begun is not None:
-            task = asyncio.create_task(_try(self._run_all(session_id, begun)))
-            self._running.add(task)
-            task.add_done_callback(self._left)
+            self._begin(session_id, begun)
+
+    def _begin(self, session_id: str, begun: Begun) -> None:
+        task = asyncio.create_task(_try(self._run_all(session_id, begun)))
+        self._running.add(task)
+        task.add_done_callback(self._left)
 
     async def _run_all(self, session_id: str, begun: Begun | None) -> None:
         while begun is not None:
@@ -151,7 +177,8 @@ class Runner:
         while self._asked:
             asked, self._asked = self._asked[: claims.CLAIMS_AT_ONCE], self._asked[claims.CLAIMS_AT_ONCE :]
             try:
-                begun, locked = await hop(claims.claim_in, self.owner, [session_id for session_id, _ in asked])
+                async with self._claim_lock:
+                    begun, locked = await hop(claims.claim_in, self.owner, [session_id for session_id, _ in asked])
             except Exception as error:
                 for _, answer in asked:
                     if not answer.done():

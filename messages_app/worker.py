@@ -8,6 +8,7 @@ from typing import Any
 
 from procrastinate import App
 
+from events_app.clock import end_in_time
 from events_app.database import close_threads
 from events_app.feed import feed
 from events_app.relay import Relay
@@ -32,11 +33,13 @@ async def work(app: App, **options: Any) -> None:
     runner.start()
     _obey_signals(told)
     fetching = asyncio.create_task(_fetch_for_ever(app, runner, options))
+    taking_up = asyncio.create_task(_take_up_all(runner))
     telling = asyncio.create_task(told.wait())
     await asyncio.wait([fetching, telling], return_when=asyncio.FIRST_COMPLETED)
     telling.cancel()
     # Before the jobs: it waits for those that run, which is for their turns, and takes no other.
     fetching.cancel()
+    taking_up.cancel()
     await runner.stop()
     # What is left are the jobs' own rows. A database that is away must not hold up the end; `recover` finds them.
     await asyncio.wait([fetching], timeout=JOBS_SECONDS)
@@ -52,12 +55,21 @@ def _obey_signals(told: asyncio.Event) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
+        end_in_time()
         sys.stdout.write("Stopping. The turns that run here go on elsewhere.\n")
         sys.stdout.flush()
         told.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+
+
+async def _take_up_all(runner: Runner) -> None:
+    try:
+        await runner.take_up_all()
+    except Exception:
+        # `recover` and the jobs find the rest.
+        logger.exception("claim_failed")
 
 
 async def _fetch_for_ever(app: App, runner: Runner, options: dict[str, Any]) -> None:

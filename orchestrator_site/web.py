@@ -141,6 +141,7 @@ class Server(uvicorn.Server):
         from django.conf import settings
 
         from events_app.changes import watch
+        from events_app.clock import end_in_time
         from events_app.feed import feed
         from orchestrator_site.readiness import readiness
 
@@ -151,6 +152,7 @@ class Server(uvicorn.Server):
         else:
             sys.stdout.write("\nStopping. Streams go on with another process.\n")
         sys.stdout.flush()
+        end_in_time()
         readiness.is_stopping = True
         feed.close_all()
         watch.close_all()

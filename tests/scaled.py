@@ -1,5 +1,6 @@
 """A scaled installation for tests: web processes and workers on one PostgreSQL database, with Redis or without."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import psycopg
 
+from orchestrator_site.local_services import PostgreSQL
 from tests import databases
 from tests.scripted_llm import ScriptedLLM
 from tests.server import ROOT, TIMEOUT, Server, eventually
@@ -144,3 +146,18 @@ def connections(place: Path) -> int:
         row = database.execute(query).fetchone()
         assert row is not None
         return int(row[0])
+
+
+@contextmanager
+def frozen(cluster: PostgreSQL) -> Iterator[None]:
+    """While none of its processes gets any time, as on a machine whose disk does not answer."""
+    assert cluster.process is not None
+    children = Path(f"/proc/{cluster.process.pid}/task/{cluster.process.pid}/children").read_text().split()
+    each = [cluster.process.pid, *map(int, children)]
+    for process_id in each:
+        os.kill(process_id, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process_id in each:
+            os.kill(process_id, signal.SIGCONT)

@@ -22,6 +22,7 @@ from agents_app.approval_views import (
     DecisionView,
     OpenCallsView,
     PendingApprovalsView,
+    detailed,
 )
 from agents_app.approvals import (
     AlreadyDecided,
@@ -357,6 +358,19 @@ def test_a_decision_is_one_row_one_entry_one_event_and_one_frame(choice: Choice)
         # The answer to a rejection goes on with the turn; the other two end here, as nobody has executed anything yet.
         "closes": choice.verdict != Verdict.REJECT,
     }
+
+
+@pytest.mark.parametrize("verdict", [Verdict.APPROVE, Verdict.EDIT, Verdict.REJECT])
+def test_the_answer_to_a_decision_has_the_hash_that_a_result_echoes(verdict: Verdict) -> None:
+    call = make_waiting_call(make_session())
+    edited = {"path": "other.md", "content": ""} if verdict == Verdict.EDIT else None
+
+    approval = approvals.decide_by_id(CALLER, call.pk, Choice(verdict, edited))
+
+    told = detailed(approval)
+    released = ToolCall.objects.get(pk=call.pk)
+    assert told["args_hash"] == call.args_hash
+    assert told["released_args_hash"] == (None if verdict == Verdict.REJECT else released.args_hash)
 
 
 def test_a_frame_of_a_decision_belongs_to_the_answer_of_its_turn() -> None:

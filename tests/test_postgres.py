@@ -5,7 +5,6 @@ Threads stand for other processes: each has a connection of its own.
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +30,20 @@ from agents_app.models import Agent, ApprovalRequest, ApprovalRule, TeamVersion,
 from events_app import log
 from events_app.changes import SESSION, NewFacts
 from events_app.chunks import encode_delta
-from events_app.database import THREADS
+from events_app.database import hop
 from events_app.frames import Frame
 from messages_app import acceptance, claims
 from messages_app.acceptance import Accepted
+from messages_app.claims import SUSPECTS_TO_ONE
 from messages_app.inbound import UserMessage, own_key
-from messages_app.runner import Runner
+from messages_app.runner import PART, Runner
 from messages_app.turn_stream import TurnStream, nothing
 from orchestrator_site.local_services import PostgreSQL
 from sessions_app import lifecycle, retention
 from sessions_app.models import Account, IdempotencyRecord, Session, Turn, lease_end
 from tests.factories import CALLER, claim, make_session, make_turn, make_waiting_call
 from tests.pages import PASSWORD, logged_in
+from tests.scaled import frozen
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
 from tests.server import ROOT, Server, eventually, running, until
 from tests.test_stream_cost import many_streams
@@ -125,6 +125,37 @@ def test_a_session_that_somebody_has_locked_holds_up_no_other_and_is_waited_for_
     assert (begun["free"][0].turn_id, left) == (free.pk, {"locked"})
     running.result(10)
     assert Turn.objects.get(pk=locked.pk).attempt == 1
+
+
+def test_what_waits_when_a_worker_starts_is_taken_up_without_its_jobs() -> None:
+    for number in range(PART + 1):
+        make_turn(make_session(f"s{number}"))
+
+    async def start() -> None:
+        runner = Runner()
+        await runner.take_up_all()
+        await runner.finish()
+
+    asyncio.run(start())
+
+    assert Turn.objects.filter(attempt=1, status=Turn.Status.COMPLETED).count() == PART + 1
+
+
+def test_of_many_suspects_whose_jobs_come_at_once_a_worker_tries_one(settings: Any, llm: ScriptedLLM) -> None:
+    settings.LLM_BASE_URL, llm.default = llm.url, hold("Half a ", "sentence.", gate=Gate())
+    names = [f"s{number}" for number in range(SUSPECTS_TO_ONE)]
+    for name in names:
+        make_turn(make_session(name))
+    Turn.objects.update(lost_count=settings.TURN_MAX_LOSSES - 1)
+
+    async def take_up_all() -> list[bool]:
+        runner = Runner()
+        await asyncio.gather(*[runner.take_up(name) for name in names])
+        on_trial = await hop(lambda: list(Turn.objects.suspected().values_list("is_singled_out", flat=True)))
+        await runner.stop()
+        return on_trial
+
+    assert asyncio.run(take_up_all()) == [True]
 
 
 def test_a_lease_that_runs_out_while_its_renewal_waits_is_not_renewed(elsewhere: Elsewhere) -> None:
@@ -457,28 +488,13 @@ def test_a_database_that_is_frozen_is_503_and_all_goes_on_when_it_thaws(
                 assert took < 10  # 4.5 s, on a machine that does nothing else
             assert server.http.get("/health").status_code == 200
         eventually(lambda: server.http.post("/sessions").status_code == 201)
-        said = server.history("busy")
         server.say("busy", "and now?")
-        # Of those that were refused a few had begun: the threads' number at most.
-        assert len(server.history("busy")) <= len(said) + 2 * (1 + THREADS)
+        # What was refused was not done: what had begun is rolled back, the rest never began.
+        users = [text for role, text in server.history("busy") if role == "user"]
+        assert users == ["hello", "and now?"]
     finally:
         server.http.close()
         server.kill()
-
-
-@contextmanager
-def frozen(cluster: PostgreSQL) -> Iterator[None]:
-    """While none of its processes gets any time, as on a machine whose disk does not answer."""
-    assert cluster.process is not None
-    children = Path(f"/proc/{cluster.process.pid}/task/{cluster.process.pid}/children").read_text().split()
-    each = [cluster.process.pid, *map(int, children)]
-    for process_id in each:
-        os.kill(process_id, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for process_id in each:
-            os.kill(process_id, signal.SIGCONT)
 
 
 REQUESTS: list[tuple[str, str, dict[str, Any]]] = [

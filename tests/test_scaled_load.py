@@ -115,7 +115,7 @@ def redis(tmp_path: Path) -> Iterator[Redis]:
     server.stop()
 
 
-def restart_in_turn(installation: Installation, redis: Redis, done: Event) -> None:
+def restart_in_turn(installation: Installation, redis: Redis, done: Event, restarted: list[Any]) -> None:
     """Every ten seconds one process is stopped or killed and started again; Redis with the others, and forgets all."""
     processes: list[Server | Worker | Redis] = []
     for web, worker in zip(installation.webs, installation.workers, strict=True):
@@ -131,6 +131,7 @@ def restart_in_turn(installation: Installation, redis: Redis, done: Event) -> No
         else:
             assert process.stop() == 0
         process.start()
+        restarted.append(process)
 
 
 def test_200_sessions_over_restarts_of_every_process(
@@ -139,29 +140,33 @@ def test_200_sessions_over_restarts_of_every_process(
     llm.route_to = "coder"
     llm.default = agent
     sessions = [f"s{number}" for number in range(SESSIONS)]
-    done = Event()
+    done, restarted = Event(), list[Any]()
 
     # The lease is the usual one: on a busy machine a shorter one runs out under runners that live.
     settings = {"REDIS_URL": redis.url, "TURN_LEASE_SECONDS": "10"}
     with installed(tmp_path, scaled_template, llm, webs=2, workers=2, **settings) as installation:
         addresses = [web.url for web in installation.webs]
-        restarting = Thread(target=restart_in_turn, args=(installation, redis, done))
+        restarting = Thread(target=restart_in_turn, args=(installation, redis, done, restarted))
         restarting.start()
         try:
             with ThreadPoolExecutor(CLIENTS) as pool:
                 for played in [pool.submit(Client(session_id, addresses).play) for session_id in sessions]:
                     played.result()
+            while len(restarted) < 5 and restarting.is_alive():  # each process, and Redis
+                sessions.append(f"s{len(sessions)}")
+                Client(sessions[-1], addresses).play()
         finally:
             done.set()
             restarting.join()
 
+        assert len(restarted) >= 5
         for session_id in sessions:
             assert_nothing_lost_or_doubled(installation.web, session_id)
         assert installation.rows("SELECT DISTINCT status FROM sessions_app_turn") == [("completed",)]
-        assert installation.rows("SELECT count(*) FROM sessions_app_turn") == [(SESSIONS,)]
-        assert installation.rows("SELECT count(*) FROM agents_app_decision") == [(SESSIONS,)]
+        assert installation.rows("SELECT count(*) FROM sessions_app_turn") == [(len(sessions),)]
+        assert installation.rows("SELECT count(*) FROM agents_app_decision") == [(len(sessions),)]
         assert installation.rows("SELECT count(*), count(DISTINCT target) FROM events_app_auditentry") == [
-            (SESSIONS, SESSIONS)
+            (len(sessions), len(sessions))
         ]
     assert llm.refused == []
 

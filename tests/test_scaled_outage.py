@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 
 from orchestrator_site.local_services import PostgreSQL
 from orchestrator_site.scaled import Nginx, Web
-from tests.scaled import SCALED, Worker
+from tests.scaled import SCALED, Worker, frozen
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
 from tests.server import AUTH, Server, eventually, free_port, until
 
@@ -34,18 +35,50 @@ def cluster() -> Iterator[PostgreSQL]:
     shutil.rmtree(folder)
 
 
+@contextmanager
+def scaled(folder: Path, cluster: PostgreSQL, llm: ScriptedLLM) -> Iterator[tuple[Server, Worker]]:
+    """A web process and a worker on that server."""
+    # A lease that outlives a restart, or the turn would begin anew.
+    settings = {**SCALED, "TURN_LEASE_SECONDS": "60", "DATABASE_URL": cluster.url("countersign")}
+    web = Server(folder, server="web", LLM_BASE_URL=llm.url, **settings)
+    assert web.manage("migrate", "-v0").returncode == 0
+    worker = Worker(folder, web.environment, "worker")
+    try:
+        worker.start()
+        web.start()
+        yield web, worker
+    finally:
+        web.http.close()
+        for each in (web, worker):
+            if each.process is not None and each.process.poll() is None:
+                each.kill()
+
+
+def test_processes_that_are_told_to_end_do_although_their_database_is_frozen(
+    tmp_path: Path, cluster: PostgreSQL, llm: ScriptedLLM
+) -> None:
+    gate = Gate()
+    with scaled(tmp_path, cluster, llm) as (web, worker):
+        web.say("s", "hello", agent_type="coder")
+        llm.script(hold("Half a ", "sentence.", gate=gate))
+        with web.streaming({"type": "user_message", "content": "go"}, "s") as answer:
+            until(answer, "turn_started")
+            gate.reached.wait()
+            with frozen(cluster):
+                web.tell()
+                worker.tell()
+                gate.open()
+                told = time.monotonic()
+                web.end()
+                worker.end()
+                assert time.monotonic() - told < 30
+
+
 def test_a_busy_worker_whose_database_restarts_takes_up_other_turns_at_once(
     tmp_path: Path, cluster: PostgreSQL, llm: ScriptedLLM
 ) -> None:
     gate = Gate()
-    # A lease that outlives the restart, or the turn would begin anew.
-    settings = {**SCALED, "TURN_LEASE_SECONDS": "60", "DATABASE_URL": cluster.url("countersign")}
-    web = Server(tmp_path, server="web", LLM_BASE_URL=llm.url, **settings)
-    assert web.manage("migrate", "-v0").returncode == 0
-    worker = Worker(tmp_path, web.environment, "worker")
-    try:
-        worker.start()
-        web.start()
+    with scaled(tmp_path, cluster, llm) as (web, worker):
         web.say("long", "hello", agent_type="coder")
         web.say("other", "hello", agent_type="coder")
         llm.script(hold("Half a ", "sentence.", gate=gate))
@@ -63,11 +96,6 @@ def test_a_busy_worker_whose_database_restarts_takes_up_other_turns_at_once(
         eventually(lambda: web.history("long")[-1] == ("assistant", "Half a sentence."))
         assert worker.process is not None and worker.process.poll() is None
         assert worker.stop() == 0
-    finally:
-        web.http.close()
-        for each in (web, worker):
-            if each.process is not None and each.process.poll() is None:
-                each.kill()
 
 
 @pytest.mark.nginx

@@ -109,6 +109,7 @@ APPROVAL: dict[str, Schema] = {
     **{name: nullable(schema) for name, schema in DECIDED.items()},
     "feedback": nullable(TEXT),
     "modified_arguments": {**nullable(OBJECT), "description": "Those of an edit."},
+    "released_args_hash": {**nullable(HASH), "description": "Of the arguments that may run: what a result echoes."},
 }
 ENTRY: dict[str, Schema] = {
     "timestamp": TIME,

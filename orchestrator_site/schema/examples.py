@@ -72,6 +72,7 @@ _APPROVAL = {
     "decided_at": DECIDED,
     "feedback": "A shorter title.",
     "modified_arguments": EDITED,
+    "released_args_hash": EDITED_HASH,
 }
 
 # By component.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from django.db import OperationalError, connection, connections
@@ -125,6 +126,7 @@ def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) ->
     if asked_at < _refused_at:
         # Those that stood in the queue meanwhile do not wait as long once more, one after the other.
         raise OperationalError("there was no connection to the database")
+    _ensure_not_made_anew()
     try:
         outcome = function(*args, **kwargs)
         _answered_at = time.monotonic()
@@ -141,6 +143,15 @@ def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) ->
                 each.close_if_unusable_or_obsolete()
             else:
                 each.close()
+
+
+def _ensure_not_made_anew() -> None:
+    """SQLite makes the file that a connection does not find; one that somebody took away is not to come back empty."""
+    if connection.vendor == "sqlite" and connection.connection is None:
+        file = Path(connection.settings_dict["NAME"])
+        # One in memory has a name that is no path.
+        if file.is_absolute() and not file.exists():
+            raise OperationalError("the database file is gone")
 
 
 def _has_waited_in_vain(error: OperationalError) -> bool:

@@ -935,6 +935,7 @@ def test_a_decision_over_rest_is_answered_with_what_the_request_has_become() -> 
         "decided_at": made.decided_at.isoformat(),
         "feedback": "so",
         "modified_arguments": OTHER_ARGUMENTS,
+        "released_args_hash": ToolCall.objects.get(pk=call.pk).args_hash,
     }
 
 

@@ -5,6 +5,7 @@ On SQLite each thread keeps its connection; on PostgreSQL each hop takes one of 
 
 import asyncio
 import contextvars
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -24,8 +25,8 @@ THREADS = 4
 _writers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-write")
 # SQLite's readers wait for nobody; in one queue with the writers they would wait for their lock.
 _readers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-read")
-# When a thread last waited for a connection in vain.
-_refused_at = 0.0
+# When one of their threads last waited in vain: for a connection, or for SQLite's lock.
+_refused_at: dict[ThreadPoolExecutor, float] = {}
 
 
 async def hop(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -40,7 +41,7 @@ async def read(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 
 async def _submit(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kwargs: Any) -> T:
     context = contextvars.copy_context()  # the log lines of a request carry its id on every thread
-    work = partial(context.run, _run, function, args, kwargs, time.monotonic())
+    work = partial(context.run, _run, executor, function, args, kwargs, time.monotonic())
     return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 
@@ -73,16 +74,15 @@ def _close(together: threading.Barrier) -> None:
     connections.close_all()
 
 
-def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) -> T:
-    global _refused_at
-    if asked_at < _refused_at:
+def _run(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) -> T:
+    if asked_at < _refused_at.get(executor, 0.0):
         # Those that stood in the queue meanwhile do not wait as long once more, one after the other.
-        raise OperationalError("there was no connection to the database")
+        raise OperationalError("the database answered nobody before")
     try:
         return function(*args, **kwargs)
     except OperationalError as error:
         if _has_waited_in_vain(error):
-            _refused_at = time.monotonic()
+            _refused_at[executor] = time.monotonic()
         raise
     finally:
         for each in connections.all(initialized_only=True):
@@ -95,8 +95,8 @@ def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) ->
 
 
 def _has_waited_in_vain(error: OperationalError) -> bool:
-    if connection.vendor != "postgresql":
-        return False
+    if connection.vendor == "sqlite":
+        return getattr(error.__cause__, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
     from psycopg_pool import PoolTimeout
 
     return isinstance(error.__cause__, PoolTimeout)

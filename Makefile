@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run scaled test test-postgres lint bench screenshots lock
+.PHONY: run scaled test test-postgres faults lint bench screenshots lock
 
 run: $(VENV)/installed
 	@$(BIN)/python -m orchestrator_site.serve
@@ -20,6 +20,11 @@ test: $(VENV)/installed-dev
 # time: some start six processes of ours.
 test-postgres: $(VENV)/installed-dev
 	@PYTHONDONTWRITEBYTECODE= TEST_DATABASE=postgres $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Every fault in full, on both databases, one after the other: about an hour. The table is in docs/faults.md.
+faults: $(VENV)/installed-dev
+	FAULTS=full $(BIN)/python -m pytest tests/faults
+	FAULTS=full TEST_DATABASE=postgres $(BIN)/python -m pytest tests/faults
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ On SQLite each thread keeps its connection; on PostgreSQL each hop takes one of 
 
 import asyncio
 import contextvars
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -29,8 +30,8 @@ _readers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-
 _keeper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database-keep")
 # A server that is frozen acknowledges what it is sent, and its own time limits stand still with it.
 SILENCE_SECONDS = 4.5
-# When a thread last waited for a connection in vain, and when one last came back.
-_refused_at = 0.0
+# When one of their threads last waited in vain, for a connection or for SQLite's lock; when any last came back.
+_refused_at: dict[ThreadPoolExecutor, float] = {}
 _answered_at = 0.0
 
 
@@ -75,7 +76,7 @@ async def read(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 
 def _submit(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kwargs: Any) -> "asyncio.Future[T]":
     context = contextvars.copy_context()  # the log lines of a request carry its id on every thread
-    work = partial(context.run, _run, function, args, kwargs, time.monotonic())
+    work = partial(context.run, _run, executor, function, args, kwargs, time.monotonic())
     return asyncio.get_running_loop().run_in_executor(executor, work)
 
 
@@ -121,11 +122,11 @@ def _close(together: threading.Barrier) -> None:
     connections.close_all()
 
 
-def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) -> T:
-    global _refused_at, _answered_at
-    if asked_at < _refused_at:
+def _run(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) -> T:
+    global _answered_at
+    if asked_at < _refused_at.get(executor, 0.0):
         # Those that stood in the queue meanwhile do not wait as long once more, one after the other.
-        raise OperationalError("there was no connection to the database")
+        raise OperationalError("the database answered nobody before")
     _ensure_not_made_anew()
     try:
         outcome = function(*args, **kwargs)
@@ -133,7 +134,7 @@ def _run(function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) ->
         return outcome
     except OperationalError as error:
         if _has_waited_in_vain(error):
-            _refused_at = time.monotonic()
+            _refused_at[executor] = time.monotonic()
         raise
     finally:
         for each in connections.all(initialized_only=True):
@@ -155,8 +156,8 @@ def _ensure_not_made_anew() -> None:
 
 
 def _has_waited_in_vain(error: OperationalError) -> bool:
-    if connection.vendor != "postgresql":
-        return False
+    if connection.vendor == "sqlite":
+        return getattr(error.__cause__, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
     from psycopg_pool import PoolTimeout
 
     return isinstance(error.__cause__, PoolTimeout)

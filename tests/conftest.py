@@ -158,6 +158,7 @@ NEEDS = {
     "nginx": ("an installed nginx", find("nginx") is None),
     "sqlite": ("SQLite as its database (`make test`)", ON_POSTGRESQL),
     "postgresql": ("PostgreSQL as its database (`make test-postgres`)", not ON_POSTGRESQL),
+    "faults": ("a run of their own (`make faults`, or FAULTS=short)", "FAULTS" not in os.environ),
 }
 INSTALLED_ON_CI = {"browser", "redis", "nginx"}
 # How many tests each marker left out; with xdist what the workers counted, the same each.

@@ -57,7 +57,23 @@ def _start_postgresql() -> str:
 
 
 def url_of(place: Path) -> str:
+    if place in _elsewhere:
+        return _elsewhere[place]
     return f"{os.environ[ADDRESS]}/{_name(place)}" if ON_POSTGRESQL else f"sqlite:///{place}"
+
+
+# Databases of PostgreSQL servers that tests start for themselves, by the place under which they are known.
+_elsewhere: dict[Path, str] = {}
+
+
+@contextmanager
+def elsewhere(place: Path, url: str) -> Iterator[None]:
+    """Meanwhile the database of this place is there."""
+    _elsewhere[place] = url
+    try:
+        yield
+    finally:
+        del _elsewhere[place]
 
 
 def create(place: Path) -> None:

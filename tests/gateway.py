@@ -1,4 +1,4 @@
-"""A way to a database that a test can close and open again."""
+"""A way to a database, or to another server, that a test can close and open again, or make slow."""
 
 import asyncio
 import threading
@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 
 class Gateway:
-    """A way to a database that can be closed: who is connected is cut, who comes is refused."""
+    """A way to a server that can be closed: who is connected is cut, who comes is refused.
+
+    `delay`: so many seconds later arrives what is sent.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -24,8 +27,10 @@ class Gateway:
         self._thread.start()
         self._writers: set[asyncio.StreamWriter] = set()
         self.port = 0
+        self.delay = 0.0
         self.open()
-        self.url = parts._replace(netloc=f"{parts.username}@127.0.0.1:{self.port}").geturl()
+        whose, at, _ = parts.netloc.rpartition("@")
+        self.url = parts._replace(netloc=f"{whose}{at}127.0.0.1:{self.port}").geturl()
 
     def open(self) -> None:
         self._server = self._run(asyncio.start_server(self._pass, "127.0.0.1", self.port))
@@ -53,17 +58,17 @@ class Gateway:
         both = {writer, far_writer}
         self._writers |= both
         with suppress(OSError):
-            await asyncio.gather(_copy(reader, far_writer), _copy(far_reader, writer))
+            await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
         self._writers -= both
 
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    finally:
-        writer.close()
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                await asyncio.sleep(self.delay)
+                writer.write(data)
+                await writer.drain()
+        finally:
+            writer.close()
 
 
 @contextmanager

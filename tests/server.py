@@ -110,6 +110,7 @@ class Server:
         commands = {
             "uvicorn": ["orchestrator_site.serve"],  # what `make run` starts
             "web": ["orchestrator_site.web"],
+            "faulty": ["tests.faults.inside"],
             "daphne": ["daphne", "-b", "127.0.0.1", "-p", str(self.port), "orchestrator_site.asgi:application"],
         }
         with self.log.open("ab") as log:

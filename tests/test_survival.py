@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -415,13 +416,17 @@ def test_while_another_program_holds_the_lock_reads_work_and_a_write_waits_or_is
     server: Server, session_id: str
 ) -> None:
     on_coder(server, session_id)
-    with ThreadPoolExecutor(6) as pool, databases.locked(server.database, "sessions_app_session"):
-        writes = [pool.submit(server.http.post, "/sessions") for _ in range(4)]
+    # Three times as many as there are threads that write: nobody waits for those before it and then as long again.
+    with ThreadPoolExecutor(12) as pool, databases.locked(server.database, "sessions_app_session"):
+        began = time.monotonic()
+        writes = [pool.submit(server.http.post, "/sessions") for _ in range(12)]
         reads = [server.http.get(f"/sessions/{session_id}") for _ in range(5)]
         assert not any(write.done() for write in writes), "the reads did not wait for the writes"
         refused = [write.result(30) for write in writes]
+        took = time.monotonic() - began
     accepted = server.http.post("/sessions")
 
+    assert took < 12  # 8 s, on a machine that does nothing else
     assert [answer.status_code for answer in reads] == [200] * 5
     assert {answer.status_code for answer in refused} == {503}
     assert all(int(answer.headers["Retry-After"]) > 0 for answer in refused)

@@ -35,7 +35,7 @@ PRUNE_SECONDS = 600.0
 # How late the end of a call's time may be noticed.
 DEADLINE_SECONDS = 1.0
 # What waits when a worker starts it takes up in parts, so that workers that start together share it.
-PART, PART_SECONDS = 100, 0.3
+PART, PART_SECONDS = 250, 0.2
 HAND_OVER_SECONDS = 8.0
 HAND_OVER_PAUSE_SECONDS = 0.5
 

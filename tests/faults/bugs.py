@@ -39,16 +39,6 @@ def forgets_the_audit_entry() -> None:
     log.audit = lambda *_, **__: None
 
 
-def writes_under_a_claim_that_it_has_lost() -> None:
-    """I3, I5: a runner that slept past its lease stores what it was about to."""
-    from sessions_app.models import Turn
-
-    def mine(claim: Any) -> Any:
-        return Turn.objects.filter(pk=claim.turn_id)
-
-    Turn.mine = staticmethod(mine)  # type: ignore[method-assign]
-
-
 def logs_who_calls_with_what() -> None:
     """I9"""
     import logging

@@ -47,9 +47,12 @@ def shared(
 
 
 @pytest.fixture
-def scaled(shared: Installation, played: ScriptedLLM) -> Installation:
+def scaled(shared: Installation, played: ScriptedLLM) -> Iterator[Installation]:
     """Two web processes and two workers, with Redis and without; every test has a session of its own."""
-    return shared
+    yield shared
+    # A turn that went on behind the test's back would play the next test's script.
+    busy = "SELECT count(*) FROM sessions_app_turn WHERE status IN ('queued', 'running')"
+    eventually(lambda: shared.rows(busy) == [(0,)])
 
 
 @pytest.fixture

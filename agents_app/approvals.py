@@ -14,13 +14,14 @@ from typing import Any
 from django.db import transaction
 from django.utils import timezone
 
-from agents_app import handoffs
+from agents_app import server_tools
 from agents_app.binding import args_hash, canonical
+from agents_app.llm import ModelError
 from agents_app.models import ApprovalRequest, ApprovalRule, Decision
 from agents_app.policy import Outcome as Ruled
 from agents_app.policy import Ruling
 from agents_app.team import Team, UnknownToTeam
-from agents_app.tools import ON_THE_SERVER, CallRefused
+from agents_app.tools import CallRefused
 from events_app import log
 from events_app.chunks import ApprovalResolved, Chunk, ErrorShown, TurnFinished
 from events_app.models import Event
@@ -180,8 +181,9 @@ def decide(
 ) -> bool:
     """Settle a request, and say so on the session's stream. Returns whether the turn goes on by it.
 
-    Approve and edit release the call; reject, supersede and cancel answer it. `result`: the one that a client sent
-    for a call that still waited, which is a decision as well. The caller holds the session's lock.
+    Approve and edit release the call, to its client or to the server; reject, supersede and cancel answer it.
+    `result`: the one that a client sent for a call that still waited, which is a decision as well. The caller holds the
+    session's lock.
 
     Raises AlreadyDecided, ArgumentsChanged, SelfApprovalForbidden, PolicyChanged, EditRefused, with nothing written.
     """
@@ -207,7 +209,7 @@ def decide(
     )
     _write_down(session, approval, made, by, choice, implicit=result is not None)
     chunks = [_resolved(call, made), *_carry_out(session, call, made, result)]
-    goes_on = choice.verdict in BY_A_PERSON and not call.is_open and call.turn.go_on()
+    goes_on = choice.verdict in BY_A_PERSON and call.turn.go_on()
     closes = choice.verdict in BY_A_PERSON and not goes_on
     lifecycle.emit(session, *chunks, origin=str(call.turn_id), closes=closes)
     if goes_on:
@@ -221,7 +223,7 @@ def close_calls(session: Session, turn: Turn, verdict: Verdict, by: Caller) -> N
         if call.status == ToolCall.Status.WAITING:
             decide(session, of_call(session, call.pk), Choice(verdict), by)
         else:
-            call.answer_with(*closing(call.tool_name, verdict))
+            call.answer_with(*closing(call.tool_name, verdict, has_begun=call.begun_at is not None))
 
 
 def answer(session: Session, call: ToolCall, result: Result) -> None:
@@ -277,9 +279,11 @@ def rejected_text(tool_name: str, feedback: str | None) -> str:
     )
 
 
-def closing(tool_name: str, verdict: Verdict) -> tuple[str, Outcome]:
-    """What the model reads of a call that is superseded or cancelled."""
+def closing(tool_name: str, verdict: Verdict, *, has_begun: bool = False) -> tuple[str, Outcome]:
+    """What the model reads of a call that is superseded or cancelled, perhaps after the server began to execute it."""
     outcome, message = CLOSED[verdict]
+    if has_begun:
+        message = f"{message} {server_tools.UNKNOWN}"
     return json.dumps({"status": verdict, "tool_name": tool_name, "message": message}, ensure_ascii=False), outcome
 
 
@@ -413,14 +417,19 @@ def _carry_out(session: Session, call: ToolCall, made: Decision, result: Result 
     )
     if result is not None:
         answer(session, call, result)
-    elif call.tool_name in ON_THE_SERVER:
+    elif (tool := server_tools.step_tool_named(call.tool_name)) is not None:
         try:
-            text, outcome, chunks = handoffs.switch_mode(session, call.turn, call.final_arguments, by=call.agent)
-        except handoffs.TooManyHandoffs as too_many:
-            text, outcome, chunks = f"Error: {too_many.message}", Outcome.ERROR, []
-        answer(session, call, Result(text, outcome))
-        return chunks
+            done = tool.perform(session, call.turn, call.final_arguments, call.agent)
+        except ModelError as error:
+            done = server_tools.Performed(f"Error: {error.message}", Outcome.ERROR)
+        answer(session, call, Result(done.text, done.outcome))
+        return list(done.chunks)
     return []
+
+
+def system(session: Session) -> Caller:
+    """Who the records name where the server itself ends something."""
+    return Caller(session.account_id, "system", "system")
 
 
 def _fail_turn(call: ToolCall) -> None:
@@ -429,8 +438,7 @@ def _fail_turn(call: ToolCall) -> None:
     turn = Turn.objects.get(pk=call.turn_id)
     if turn.status != Turn.Status.WAITING:
         return
-    system = Caller(session.account_id, "system", "system")
-    close_calls(session, turn, Verdict.CANCELLED, system)
+    close_calls(session, turn, Verdict.CANCELLED, system(session))
     if not turn.end_unheld(Turn.Status.FAILED, ArgumentsChanged.code):
         raise TurnMoved(f"{turn} moved on while it was being failed")
     lifecycle.emit(

@@ -1,6 +1,28 @@
+from typing import Any
+
 from django.apps import AppConfig
+from django.apps.registry import Apps
+from django.conf import settings
+from django.core.exceptions import FieldDoesNotExist
+from django.db.models.signals import post_migrate
 
 
 class AgentsConfig(AppConfig):
     name = "agents_app"
     verbose_name = "Agents"
+
+    def ready(self) -> None:
+        from agents_app import handoffs, server_tools  # noqa: F401 (registers a tool)
+
+        server_tools.load(settings.SERVER_TOOLS)
+        post_migrate.connect(_follow_registry, sender=self)
+
+
+def _follow_registry(apps: Apps, **kwargs: Any) -> None:
+    from agents_app import tools
+
+    try:
+        apps.get_model("agents_app", "Tool")._meta.get_field("on_server")
+    except (LookupError, FieldDoesNotExist):
+        return  # migrated back to a time before there were any
+    tools.follow_registry()

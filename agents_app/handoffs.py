@@ -10,8 +10,9 @@ from django.db.models import F
 
 from agents_app.llm import ModelError
 from agents_app.models import Agent
+from agents_app.server_tools import Performed, step_tool
 from events_app import log
-from events_app.chunks import AgentSwitched, Chunk
+from events_app.chunks import AgentSwitched
 from orchestrator_site.errors import BadRequest
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
@@ -66,23 +67,19 @@ def hand_over(
     return AgentSwitched(handoff.from_agent, to, reason, confidence)
 
 
-def switch_mode(
-    session: Session, turn: Turn, arguments: dict[str, Any], *, by: str
-) -> tuple[str, ToolCall.Outcome, list[Chunk]]:
-    """What an agent's own call to pass the session on does: the result that the model reads, and the chunk to be said.
-
-    The caller holds the session's lock. Raises TooManyHandoffs.
-    """
+@step_tool("switch_mode")
+def switch_mode(session: Session, turn: Turn, arguments: dict[str, Any], by: str) -> Performed:
+    """An agent's own call to pass the session on. Raises TooManyHandoffs."""
     to = arguments["mode"]
     try:
         ensure_known(to)
     except UnknownAgent as unknown:
-        return f"Error: {unknown.detail}", ToolCall.Outcome.ERROR, []
+        return Performed(f"Error: {unknown.detail}", ToolCall.Outcome.ERROR)
     if to == session.current_agent:
-        return f"The {to} agent is active already", ToolCall.Outcome.OK, []
+        return Performed(f"The {to} agent is active already")
     reason = (arguments.get("reason") or f"{by} asked for {to}")[:MAX_REASON_CHARS]
     chunk = hand_over(session, to, reason=reason, confidence="medium", by=by, turn=turn)
-    return f"Switched to {to} agent", ToolCall.Outcome.OK, [chunk]
+    return Performed(f"Switched to {to} agent", chunks=(chunk,))
 
 
 @transaction.atomic

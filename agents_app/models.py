@@ -78,7 +78,10 @@ class Tool(models.Model):
     deadline_seconds = models.PositiveIntegerField(
         null=True,
         blank=True,
-        help_text="How long a client has for the result of a call that was released to it. Empty: as long as it takes.",
+        help_text="How long there is for the result of a released call. Empty: as long as it takes.",
+    )
+    on_server = models.BooleanField(
+        default=False, db_default=False, editable=False, help_text="The server executes it, and no client is to."
     )
 
     class Meta:

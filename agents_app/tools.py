@@ -6,10 +6,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from agents_app import policy, schemas
+from django.core.exceptions import ImproperlyConfigured
+from django.db.models import F, Max
+
+from agents_app import policy, schemas, server_tools
 from agents_app.llm import CallWanted
 from agents_app.models import Agent, ApprovalRule, Tool
 from agents_app.policy import Ruling
+from events_app.models import AuditEntry
 from orchestrator_site.errors import APIError
 from orchestrator_site.http import read_json
 
@@ -20,8 +24,6 @@ EXECUTE = "execute_command"
 SHOWN_CHARS = 300
 # Longer ones match no agent's paths: patterns are known to be quick only up to here.
 MAX_PATH_CHARS = 1_000
-# Executed by the server itself; every other tool is the client's.
-ON_THE_SERVER = frozenset({"switch_mode"})
 
 
 class CallRefused(Exception):
@@ -65,7 +67,11 @@ class Toolbox:
         raise CallRefused("unknown_tool", f"There is no tool '{name[:64]}'. There are: {', '.join(self.tools)}.")
 
     def check(self, tool: Tool, arguments: dict[str, Any]) -> None:
-        """Raise CallRefused for arguments that do not fit the tool's schema, or a path that is not the agent's."""
+        """Raise CallRefused for arguments that do not fit the tool's schema, a path that is not the agent's, or a tool
+        of the server that this server does not have.
+        """
+        if tool.on_server and tool.name not in server_tools.registered:
+            raise CallRefused("tool_unavailable", f"This server does not have {tool.name} at the moment.")
         _check_schema(tool, arguments)
         _check_path(self.agent, tool, arguments)
 
@@ -81,6 +87,46 @@ class Toolbox:
         """What the rules say of a call with these arguments, or CallRefused: schema, then paths, then rules."""
         self.check(tool, arguments)
         return self.rule(tool.name)
+
+
+def is_on_server(tool: Tool) -> bool:
+    """Whether the server executes it; every other tool is the client's."""
+    # A turn may be pinned to the team of a time when the row did not say so.
+    return tool.on_server or tool.name in server_tools.registered
+
+
+def follow_registry() -> None:
+    """Make the rows of `Tool` what the registered server tools are: a row for each, its schema and description those of
+    the code. Raises ImproperlyConfigured for a schema that cannot be used.
+    """
+    for tool in server_tools.registered.values():
+        if isinstance(tool, server_tools.StepTool):
+            Tool.objects.filter(pk=tool.name, on_server=False).update(on_server=True)
+            continue
+        try:
+            schemas.ensure_usable(tool.parameters)
+        except schemas.SchemaRefused as refused:
+            raise ImproperlyConfigured(f"the parameters of the server tool {tool.name}: {refused}") from None
+        row = Tool.objects.filter(pk=tool.name).first()
+        written = {"description": tool.description, "parameters": tool.parameters, "on_server": True}
+        if row is None:
+            last = Tool.objects.aggregate(last=Max("position"))["last"] or 0
+            version = first_version(tool.name)
+            Tool.objects.create(
+                name=tool.name,
+                position=last + 1,
+                version=version,
+                deadline_seconds=tool.deadline_seconds,
+                **written,
+            )
+        elif any(getattr(row, name) != value for name, value in written.items()):
+            Tool.objects.filter(pk=row.pk).update(version=F("version") + 1, **written)
+
+
+def first_version(name: str) -> int:
+    """Above every version of a tool that had this name: approvals are given for name and version."""
+    deleted = AuditEntry.objects.filter(action="tool.deleted", target=name).order_by("-id").first()
+    return 1 if deleted is None else int(deleted.details["before"]["version"]) + 1
 
 
 def read_arguments(wanted: CallWanted) -> dict[str, Any]:

@@ -103,6 +103,27 @@ class ApprovalResolved:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerCallMoved:
+    """Where a tool call stands that the server executes: what a client would only misunderstand as its own to make."""
+
+    type: ClassVar[str] = "server_call"
+    call_id: str
+    tool_name: str
+    arguments: dict[str, Any]
+    state: str
+    args_hash: str
+
+    def as_wire(self) -> dict[str, Any]:
+        return {
+            "call_id": self.call_id,
+            "tool_name": self.tool_name,
+            "arguments": self.arguments,
+            "state": self.state,
+            "metadata": {"args_hash": self.args_hash},
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class TurnStarted:
     type: ClassVar[str] = "turn_started"
     turn_id: str
@@ -161,6 +182,7 @@ Chunk = (
     | ToolCalled
     | AgentSwitched
     | ErrorShown
+    | ServerCallMoved
     | ApprovalResolved
     | TurnStarted
     | TurnFinished

@@ -26,6 +26,7 @@ from agents_app.approvals import (
     SelfApprovalForbidden,
     Verdict,
 )
+from agents_app.server_tools import NO_RESULT
 from events_app import log
 from events_app.chunks import ErrorShown
 from events_app.frames import Frame
@@ -43,7 +44,6 @@ TITLE_CHARS = 500
 DECISIONS = {"approve": Verdict.APPROVE, "edit": Verdict.EDIT, "reject": Verdict.REJECT}
 # How clients begin the error of a call that their user did not want (protocol 5).
 REJECTIONS = ("User rejected", "Операция отклонена")
-NO_RESULT = "Tool executed successfully"
 # Of one call so many results that came late or again are written down: a client that repeats itself for ever must not
 # fill the audit log.
 LATE_RESULTS_KEPT = 20
@@ -153,6 +153,8 @@ def tool_result(message: ToolResult, caller: Caller, key: Key | None = None) -> 
         raise Refused(f"No pending tool call {message.call_id}", "unknown_call")
     if not call.is_open and key is None and _late_results(call) >= LATE_RESULTS_KEPT:
         return Accepted(message.session_id, has_frames=False)  # and a client that loops waits for no lock
+    if call.is_open and call.on_server and not _is_rejection(message):
+        raise Refused("The server executes this call itself.", "executed_by_server")
     with _deciding(call, caller):
         return _once(key, partial(_take_result, message, call.pk, caller))
 

@@ -11,7 +11,8 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, transaction
 from django.db.models.functions import Now
 
-from agents_app import team
+from agents_app import approvals, team
+from agents_app.approvals import Verdict
 from events_app import log
 from events_app.chunks import ErrorShown, Restarted, TurnFinished, TurnStarted, encode
 from events_app.frames import Frame
@@ -132,6 +133,7 @@ def _park(turn_id: uuid.UUID, session_id: str, why: ErrorShown, *, among: TurnQu
     turn = among.filter(pk=turn_id).first()
     if turn is None or not turn.fail_unclaimed(why.code):
         return  # somebody else could work with it
+    approvals.close_calls(session, turn, Verdict.CANCELLED, approvals.system(session))
     origin = str(turn_id)
     log.record(
         lifecycle.fact(

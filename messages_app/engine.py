@@ -10,16 +10,21 @@ from typing import Any, Literal
 
 from django.conf import settings
 
-from agents_app import routing
+from agents_app import routing, server_tools
 from agents_app.llm import FinishedStep, Model, ModelError, ModelRequest
 from agents_app.routing import Route
+from agents_app.server_tools import ServerCall
 from events_app.database import read
 from messages_app import steps
 from messages_app.steps import Scene, Spent
-from messages_app.turn_stream import TimeIsUp, TurnStream
-from sessions_app.models import ORCHESTRATOR, CancelRequested
+from messages_app.turn_stream import Stopping, TimeIsUp, TurnStream
+from sessions_app.models import ORCHESTRATOR, CancelRequested, ToolCall
 
 logger = logging.getLogger(__name__)
+
+# How long a server that stops waits for the tools that it is executing.
+GRACE_SECONDS = 4.0
+Executed = tuple[str, ToolCall.Outcome]
 
 
 async def run_turn(stream: TurnStream, model: Model) -> str:
@@ -58,6 +63,10 @@ class _Run:
             await self.stream.commit(steps.obey)
         while True:
             scene = await read(steps.look, self.stream.claim)
+            if scene is None:
+                if (outcome := await self._execute()) is not None:
+                    return outcome
+                continue
             self.agent = scene.agent
             if scene.agent == ORCHESTRATOR:
                 chosen = await self._choose(scene)
@@ -74,9 +83,45 @@ class _Run:
             complete = partial(steps.complete, text=finished.text, agent=scene.agent, spent=self.spent)
             return await self.stream.commit(complete)
         asked = await read(steps.weigh, finished, scene)
-        ran_ms = round((time.monotonic() - self.started) * 1000)
-        act = partial(steps.act, finished=finished, asked=asked, scene=scene, spent=self.spent, ran_ms=ran_ms)
+        act = partial(steps.act, finished=finished, asked=asked, scene=scene, spent=self.spent, ran_ms=self._ran_ms())
         return await self.stream.commit(act)
+
+    def _ran_ms(self) -> int:
+        return round((time.monotonic() - self.started) * 1000)
+
+    async def _execute(self) -> str | None:
+        """Execute what the server has to, each result stored as soon as it is there; what became of the turn, None when
+        it goes on.
+        """
+        begun: list[ServerCall] = []
+        outcome: str | None = await self.stream.commit(partial(steps.begin, begun=begun, ran_ms=self._ran_ms()))
+        executing = {asyncio.create_task(server_tools.execute(call)): call for call in begun}
+        try:
+            while executing:
+                async with self.stream.interruptible(self.deadline):
+                    await asyncio.wait(executing, return_when=asyncio.FIRST_COMPLETED)
+                outcome = await self._store_executed(executing)
+        except Stopping:
+            # What ends soon need not be repeated, or be in doubt.
+            await asyncio.wait(executing, timeout=GRACE_SECONDS)
+            outcome = await self._store_executed(executing)
+            if outcome is None:
+                raise
+        finally:
+            for task in executing:
+                task.cancel()
+        return outcome
+
+    async def _store_executed(self, executing: "dict[asyncio.Task[Executed], ServerCall]") -> str | None:
+        """Store the results that are there; what became of the turn by the last of them."""
+        outcome = None
+        for task in [task for task in executing if task.done()]:
+            call = executing.pop(task)
+            text, how = task.result()
+            outcome = await self.stream.commit(
+                partial(steps.store, call_id=call.call_id, text=text, outcome=how, ran_ms=self._ran_ms())
+            )
+        return outcome
 
     async def _choose(self, scene: Scene) -> Route:
         """Who takes the message. A router that fails in any way is replaced by keywords."""

@@ -8,14 +8,16 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents_app import approvals, handoffs, policy, schemas, team, tools
+from agents_app import approvals, handoffs, policy, schemas, server_tools, team, tools
 from agents_app.approvals import Verdict
 from agents_app.binding import args_hash, canonical
 from agents_app.llm import CallWanted, FinishedStep, ModelError
 from agents_app.policy import Outcome, Ruling
 from agents_app.routing import Route
-from agents_app.tools import ON_THE_SERVER, CallRefused, Toolbox
-from events_app.chunks import AssistantText, ErrorShown, ToolCalled
+from agents_app.server_tools import ServerCall
+from agents_app.tools import CallRefused, Toolbox
+from events_app import log
+from events_app.chunks import AssistantText, Chunk, ErrorShown, ServerCallMoved, ToolCalled
 from events_app.models import ModelCall
 from messages_app import transcript
 from messages_app.models import Message
@@ -27,9 +29,21 @@ from sessions_app.models import Claim, Session, ToolCall, Turn, deadline
 PENDING_PER_SESSION = 20
 
 
+IN_DOUBT = "tool_in_doubt"
+
+
 class TooManyRounds(ModelError):
     def __init__(self) -> None:
         super().__init__("too_many_rounds", "The agent asked for tools again and again without coming to an end.")
+
+
+class ArgumentsTampered(ModelError):
+    """The arguments of a released call are no longer those that were hashed: the turn fails, nothing is executed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            approvals.ArgumentsChanged.code, "The arguments of a tool call were changed. It was not executed."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,7 @@ class Asked:
     unusable: str = ""
     tool_version: int = 0
     deadline_seconds: int | None = None
+    on_server: bool = False
     refused: CallRefused | None = None
 
 
@@ -79,13 +94,15 @@ def obey(step: Step) -> None:
         _hand_over(step, Route(asked, "User requested", "high"), by="user")
 
 
-def look(claim: Claim) -> Scene:
-    """Who is to act, and what the model is to read. Reads only.
+def look(claim: Claim) -> Scene | None:
+    """Who is to act, and what the model is to read; None while a call is open, which comes first. Reads only.
 
     Raises LostClaim, CancelRequested, TooManyRounds, UnknownToTeam, ModelError when the conversation does not fit
     the model.
     """
     turn = Turn.ensure_running(claim)
+    if turn.round_count and turn.calls.open().exists():
+        return None
     if turn.round_count >= settings.TURN_MAX_ROUNDS:
         raise TooManyRounds
     toolbox = team.toolbox_of(claim.team_version, turn.session.current_agent)
@@ -137,6 +154,7 @@ def _weighed(wanted: CallWanted, toolbox: Toolbox) -> Asked:
         tool = toolbox.tool_named(wanted.name)
         if asked.refused is None:
             asked.tool_version, asked.deadline_seconds = tool.version, tool.deadline_seconds
+            asked.on_server = tools.is_on_server(tool)
             toolbox.check(tool, asked.arguments)
     except CallRefused as refused:
         asked.refused = refused
@@ -146,7 +164,8 @@ def _weighed(wanted: CallWanted, toolbox: Toolbox) -> Asked:
 def act(step: Step, finished: FinishedStep, asked: list[Asked], scene: Scene, spent: Spent | None, ran_ms: int) -> None:
     """The answer asks for tools: each call is stored, and released, held, executed or refused on its own.
 
-    With a call open the turn waits; with none, the model is asked again. Raises TooManyHandoffs.
+    What the server is to execute comes next; else the turn waits for what is open, or the model is asked again. Raises
+    TooManyHandoffs.
     """
     _book(step, spent)
     step.change(round_count=step.turn.round_count + 1, ran_ms=ran_ms)
@@ -159,15 +178,56 @@ def act(step: Step, finished: FinishedStep, asked: list[Asked], scene: Scene, sp
     for position, each in enumerate(asked):
         waiting = sum(call.status == ToolCall.Status.WAITING for call in calls)
         calls.append(_judged(step, toolbox, each, position, is_late=is_late, waiting=waiting))
+    to_be_executed = [call for call in calls if call.is_to_be_executed]
     if any(call.outcome == ToolCall.Outcome.SUPERSEDED for call in calls):
+        for call in to_be_executed:
+            call.answer_with(*approvals.closing(call.tool_name, Verdict.SUPERSEDED))
         step.end(Turn.Status.CANCELLED, Verdict.SUPERSEDED)
-    elif any(call.is_open for call in calls):
+    elif any(call.is_open for call in calls) and not to_be_executed:
         step.wait()
+
+
+def begin(step: Step, begun: list[ServerCall], ran_ms: int) -> None:
+    """Mark what the server is to execute now, and add it to `begun`. What an earlier runner may have executed already
+    and may not be executed twice is in doubt: an operator is asked.
+
+    Raises ArgumentsTampered.
+    """
+    for call in step.turn.calls.to_be_executed().in_order():
+        if not approvals.is_sound(call):
+            raise ArgumentsTampered
+        if call.begun_at is None or server_tools.is_repeatable(call.tool_name):
+            call.begin()
+            begun.append(_for_the_server(step, call))
+            step.say(_moved(call, call.state))
+        else:
+            call.doubt()
+            message = f"The server died while it executed {call.tool_name}. An operator has to say what becomes of it."
+            log.audit(
+                approvals.system(step.session),
+                "call.in_doubt",
+                session_id=step.session.pk,
+                target=call.pk,
+                tool_name=call.tool_name,
+            )
+            step.record("agent.error.occurred", agent=call.agent, error_message=message, error_type=IN_DOUBT)
+            step.say(ErrorShown(message, IN_DOUBT, {"call_id": call.pk}))
+    if not begun:
+        _settle(step, ran_ms)
+
+
+def store(step: Step, call_id: str, text: str, outcome: ToolCall.Outcome, ran_ms: int) -> None:
+    """What came of a call that the server executed; with none left the turn waits for what is open, or goes on."""
+    call = step.turn.calls.get(pk=call_id)
+    approvals.answer(step.session, call, approvals.Result(text, outcome))
+    step.say(_moved(call, outcome))
+    _settle(step, ran_ms)
 
 
 def fail(step: Step, code: str, message: str, agent: str, spent: Spent | None) -> None:
     """The turn ends with an error; the session stays usable."""
     _book(step, spent)
+    _close_open(step)
     step.record("agent.error.occurred", agent=agent, error_message=message, error_type=code)
     step.say(ErrorShown(message, code))
     step.end(Turn.Status.FAILED, code)
@@ -178,6 +238,7 @@ def cancel(step: Step, said: str, agent: str, spent: Spent | None) -> None:
     _book(step, spent)
     if said.strip():
         _store_answer(step, said, agent)
+    _close_open(step)
     step.end(Turn.Status.CANCELLED, "cancelled")
 
 
@@ -224,6 +285,7 @@ def _judged(step: Step, toolbox: Toolbox, asked: Asked, position: int, *, is_lat
         arguments_text=canonical(asked.arguments),
         unusable_arguments=asked.unusable,
         deadline_seconds=asked.deadline_seconds,
+        on_server=asked.on_server,
     )
     if asked.tool_version:
         call.args_hash = args_hash(step.session.pk, call.pk, call.tool_name, call.tool_version, call.arguments_text)
@@ -251,8 +313,8 @@ def _let_go(step: Step, call: ToolCall, arguments: dict[str, Any], ruling: Rulin
     """A call that may be made: by the server at once, by the client, or by either once a person has said so."""
     named = {"tool_name": call.tool_name, "call_id": call.pk}
     waits = ruling.outcome == Outcome.ASK
-    on_the_server = call.tool_name in ON_THE_SERVER and not waits
-    if is_late and not on_the_server:
+    # The user has gone on: nothing is left to wait for.
+    if is_late and (waits or not call.on_server):
         _close(step, call, *approvals.closing(call.tool_name, Verdict.SUPERSEDED))
         return
     if waits:
@@ -260,19 +322,63 @@ def _let_go(step: Step, call: ToolCall, arguments: dict[str, Any], ruling: Rulin
         call.save(force_insert=True)
         approvals.request(call, ruling)
         step.record("tool.approval.required", reason=ruling.reason or None, arguments=arguments, **named)
-    else:
-        step.record("tool.execution.started", **named)
-        if on_the_server:
-            text, outcome, chunks = handoffs.switch_mode(step.session, step.turn, arguments, by=call.agent)
-            for chunk in chunks:
-                step.say(chunk)
-            _close(step, call, text, outcome)
-            step.facts.append(approvals.executed(step.session, call, text))
-            return
-        call.status, call.released_at = ToolCall.Status.RELEASED, Now()
+        step.say(_asked_for(call, arguments))
+        return
+    step.record("tool.execution.started", **named)
+    if (tool := server_tools.step_tool_named(call.tool_name)) is not None:
+        done = tool.perform(step.session, step.turn, arguments, call.agent)
+        for chunk in done.chunks:
+            step.say(chunk)
+        _close(step, call, done.text, done.outcome)
+        step.facts.append(approvals.executed(step.session, call, done.text))
+        return
+    call.status, call.released_at = ToolCall.Status.RELEASED, Now()
+    if not call.on_server:
         call.deadline_at = deadline(call.deadline_seconds)
-        call.save(force_insert=True)
-    step.say(ToolCalled(call.pk, call.tool_name, arguments, call.requires_approval, call.args_hash))
+        step.say(_asked_for(call, arguments))
+    call.save(force_insert=True)
+
+
+def _asked_for(call: ToolCall, arguments: dict[str, Any]) -> Chunk:
+    """A client that was told of it as a tool call would execute it."""
+    if call.on_server:
+        return ServerCallMoved(call.pk, call.tool_name, arguments, call.status, call.args_hash)
+    return ToolCalled(call.pk, call.tool_name, arguments, call.requires_approval, call.args_hash)
+
+
+def _moved(call: ToolCall, state: str) -> Chunk:
+    return ServerCallMoved(call.pk, call.tool_name, call.final_arguments, state, call.args_hash)
+
+
+def _for_the_server(step: Step, call: ToolCall) -> ServerCall:
+    return ServerCall(
+        call.pk,
+        call.tool_name,
+        call.final_arguments,
+        call.agent,
+        step.session.pk,
+        str(step.turn.pk),
+        step.session.account_id,
+        call.deadline_seconds,
+    )
+
+
+def _settle(step: Step, ran_ms: int) -> None:
+    """When nothing is left for the server to execute: wait for what is open, unless the user has gone on already."""
+    still_open = list(step.turn.calls.open())
+    if not still_open or any(call.is_to_be_executed for call in still_open):
+        return
+    step.change(ran_ms=ran_ms)
+    if step.session.turns.filter(status=Turn.Status.QUEUED).exists():
+        approvals.close_calls(step.session, step.turn, Verdict.SUPERSEDED, approvals.system(step.session))
+        step.end(Turn.Status.CANCELLED, Verdict.SUPERSEDED)
+    else:
+        step.wait()
+
+
+def _close_open(step: Step) -> None:
+    """Answer what is open of a turn that ends while the server executes for it."""
+    approvals.close_calls(step.session, step.turn, Verdict.CANCELLED, approvals.system(step.session))
 
 
 def _close(step: Step, call: ToolCall, answer: str, outcome: ToolCall.Outcome) -> None:

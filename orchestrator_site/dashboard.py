@@ -18,7 +18,7 @@ from agents_app.models import ApprovalRequest, Decision
 from events_app.display import visible
 from events_app.models import ModelCall
 from orchestrator_site.navigation import may_open
-from sessions_app.models import RUNNER_LOST, Session, Turn
+from sessions_app.models import RUNNER_LOST, Session, ToolCall, Turn
 
 DAYS = 14
 LATEST = 8
@@ -89,6 +89,8 @@ def _figures(request: HttpRequest, now: datetime) -> list[Figure]:
     figures = []
     if may_open(request, "agents_app", "pendingapproval"):
         figures.append(_waiting(now))
+    if may_open(request, "sessions_app", "toolcall"):
+        figures += _in_doubt()
     if may_open(request, "sessions_app", "turn"):
         figures += [*_unfinished(), _parked(now)]
     if may_open(request, "sessions_app", "session"):
@@ -106,6 +108,14 @@ def _waiting(now: datetime) -> Figure:
     oldest = pending.order_by("id").values_list("created_at", flat=True).first()
     note = f"the oldest since {_age(now - oldest)}" if oldest else "nothing waits"
     return Figure("Approvals waiting", number, note, _list("agents_app_pendingapproval"), alarm=oldest is not None)
+
+
+def _in_doubt() -> list[Figure]:
+    """Shown when there are any: most installations have no tool that may not be repeated."""
+    number = ToolCall.objects.in_doubt().count()
+    page = _list("sessions_app_toolcall", status=ToolCall.Status.IN_DOUBT)
+    note = "may have been executed; an operator is asked"
+    return [Figure("Calls in doubt", f"{number:,}", note, page, alarm=True)] if number else []
 
 
 def _unfinished() -> list[Figure]:

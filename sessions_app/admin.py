@@ -318,10 +318,13 @@ ENDED = {
 OPEN = {
     ToolCall.Status.WAITING: ("waits for a person", "warning"),
     ToolCall.Status.RELEASED: ("released, waits for its result", "primary"),
+    ToolCall.Status.IN_DOUBT: ("in doubt, waits for an operator", "danger"),
 }
 
 
 def call_state(call: ToolCall) -> SafeString:
+    if call.is_to_be_executed:
+        return badge("being executed by the server", "primary")
     words, colour = OPEN[ToolCall.Status(call.status)] if call.is_open else ENDED[call.outcome]
     return badge(words, colour)
 
@@ -330,7 +333,7 @@ class GiveUpForm(forms.Form):
     reason = forms.CharField(
         max_length=unanswered.MAX_REASON_CHARS,
         widget=UnfoldAdminTextareaWidget({"rows": 4}),
-        help_text="Why no result will come. The agent reads it, and it stands in the audit log.",
+        help_text="It stands in the audit log. The agent reads why a call was given up.",
     )
 
     def clean_reason(self) -> str:
@@ -341,7 +344,9 @@ class GiveUpForm(forms.Form):
 
 @admin.register(ToolCall)
 class ToolCallAdmin(BrowseOnlyAdmin):
-    """Every call, open or not. One that was released and that nobody will ever answer may be given up here."""
+    """Every call, open or not. One that nobody will ever answer may be given up here, one of the server's that is in
+    doubt also executed again.
+    """
 
     list_display = ("asked", "tool", "by_agent", "state", "gated", "until", "in_session", "identity", "took")
     list_display_links = ("asked", "tool")
@@ -352,14 +357,18 @@ class ToolCallAdmin(BrowseOnlyAdmin):
         one_of("status", ToolCall.Status.choices),
         one_of("outcome", ToolCall.Outcome.choices),
         one_of("requires_approval", YES_OR_NO, "need of approval"),
+        one_of("on_server", YES_OR_NO, "executed by the server"),
         ("created_at", TimeRange),
     )
     search_fields = ("=call_id", "=session__id", "=tool_name")
     search_help_text = "Id of a call or a session, or a tool"
     ordering = ("-created_at",)
     fieldsets = (
-        (None, {"fields": (("tool", "by_agent"), ("state", "card"), ("in_session", "in_turn"), "identity")}),
-        ("Times", {"fields": (("asked", "released"), ("answered", "took"), ("until", "patience"))}),
+        (
+            None,
+            {"fields": (("tool", "by_agent"), ("state", "executor"), ("in_session", "in_turn"), ("card", "identity"))},
+        ),
+        ("Times", {"fields": (("asked", "released"), ("begun", "answered"), ("until", "patience"), "took")}),
         ("Arguments", {"fields": ("wanted", "unusable", "final")}),
         ("Answer", {"fields": ("said",)}),
         ("Origin", {"fields": (("round", "place"), ("provider", "tool_version"), "args_hash")}),
@@ -392,43 +401,47 @@ class ToolCallAdmin(BrowseOnlyAdmin):
         return redirect("admin:sessions_app_toolcall_given_up", object_id)
 
     def has_give_up_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
-        released = ToolCall.objects.filter(pk=unquote(object_id or ""), status=ToolCall.Status.RELEASED)
-        return self._may_give_up(request) and released.exists()
+        call = ToolCall.objects.filter(pk=unquote(object_id or "")).only("status", "on_server").first()
+        return self._may_give_up(request) and call is not None and call.may_be_given_up
 
     def _may_give_up(self, request: HttpRequest) -> bool:
         return request.user.has_perm(DECIDE) and self.has_view_permission(request)
 
     def given_up_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
-        """GET: what giving a released call up means, and the form for the reason. POST: give it up."""
+        """GET: what giving a call up means, and the form for a reason. POST: give it up, or execute it again."""
         if request.method not in ("GET", "HEAD", "POST"):
             return HttpResponseNotAllowed(["GET", "POST"])
         if not self._may_give_up(request):
             raise PermissionDenied
         call = get_object_or_404(ToolCall.objects.select_related("session"), pk=unquote(object_id))
         form = GiveUpForm(request.POST if request.method == "POST" else None)
-        if call.status != ToolCall.Status.RELEASED:
+        if not call.may_be_given_up:
             self.message_user(request, "The call waits for no result.", messages.ERROR)
         elif form.is_valid():
-            self._give_up(request, call, form.cleaned_data["reason"])
+            self._settle(request, call, form.cleaned_data["reason"])
         else:
             return self._ask_for_reason(request, call, form)
         return redirect("admin:sessions_app_toolcall_change", object_id)
 
-    def _give_up(self, request: HttpRequest, call: ToolCall, reason: str) -> None:
+    def _settle(self, request: HttpRequest, call: ToolCall, reason: str) -> None:
+        by = replace(person(request), account_id=call.session.account_id)
+        settle, done = unanswered.give_up, "Given up. The agent has been told."
+        if "again" in request.POST:
+            settle, done = unanswered.execute_again, "The server executes it again."
         try:
-            unanswered.give_up(replace(person(request), account_id=call.session.account_id), call, reason)
+            settle(by, call, reason)
         except APIError as refusal:
             self.message_user(request, f"Not done. {visible(refusal.message)}", messages.ERROR)
         except OperationalError:
             away = "The database does not answer at the moment: nothing was done. Try again."
             self.message_user(request, away, messages.ERROR)
         else:
-            self.message_user(request, "Given up. The agent has been told.", messages.SUCCESS)
+            self.message_user(request, done, messages.SUCCESS)
 
     def _ask_for_reason(self, request: HttpRequest, call: ToolCall, form: GiveUpForm) -> HttpResponseBase:
         context = {
             **self.admin_site.each_context(request),
-            "title": "Give a tool call up",
+            "title": "Settle a call in doubt" if call.on_server else "Give a tool call up",
             "subtitle": clipped(str(call), 60),
             "opts": self.opts,
             "original": Shown(call),
@@ -476,6 +489,14 @@ class ToolCallAdmin(BrowseOnlyAdmin):
     @display(description="In the transcript")
     def identity(self, call: ToolCall) -> str:
         return call_link(call.session_id, call.pk)
+
+    @display(description="Executed by")
+    def executor(self, call: ToolCall) -> str:
+        return "the server" if call.on_server else "the client"
+
+    @display(description="Begun by the server (UTC)")
+    def begun(self, call: ToolCall) -> str:
+        return moment(call.begun_at)
 
     @display(description="Released (UTC)")
     def released(self, call: ToolCall) -> str:

@@ -41,6 +41,8 @@ class CallMoved(Conflict):
 
 # The code of a turn that is parked because its runners died with it.
 RUNNER_LOST = "runner_lost"
+# What a released call is said to be that is no client's to execute.
+EXECUTING = "executing"
 
 
 class LostClaim(Exception):
@@ -419,15 +421,19 @@ class Turn(models.Model):
             raise LostClaim(f"turn {claim.turn_id} is no longer {claim.owner}'s")
 
     def go_on(self) -> bool:
-        """Queue a waiting turn again if none of its calls is open; the caller holds the session's lock.
+        """Queue a waiting turn again if none of its calls is open, or the server has one to execute; the caller holds
+        the session's lock. Returns whether it goes on: also one does that a runner has, or is about to have.
 
-        Raises TurnMoved when it does not wait, which that lock should not allow.
+        Raises TurnMoved when it has ended, which that lock should not allow.
         """
-        if self.calls.open().exists():
-            return False
-        if not Turn.objects.filter(pk=self.pk, status=Turn.Status.WAITING).update(status=Turn.Status.QUEUED):
-            raise TurnMoved(f"{self} does not wait")
-        return True
+        still_open = list(self.calls.open())
+        has_work = not still_open or any(call.is_to_be_executed for call in still_open)
+        if has_work and Turn.objects.filter(pk=self.pk, status=Turn.Status.WAITING).update(status=Turn.Status.QUEUED):
+            return True
+        status = Turn.objects.values_list("status", flat=True).get(pk=self.pk)
+        if status not in Turn.UNFINISHED:
+            raise TurnMoved(f"{self} has ended")
+        return status != Turn.Status.WAITING
 
     def request_cancel(self) -> bool:
         """Tell the live runner to stop; False when there is none (any more)."""
@@ -460,8 +466,16 @@ class ToolCallQuerySet(QuerySet["ToolCall"]):
         """Those without their one answer."""
         return self.exclude(status=ToolCall.Status.ANSWERED)
 
+    def to_be_executed(self) -> Self:
+        """Those that a runner of their turn has to execute, or is executing."""
+        return self.filter(status=ToolCall.Status.RELEASED, on_server=True)
+
+    def in_doubt(self) -> Self:
+        """Those of which an operator has to say whether the server executes them again."""
+        return self.filter(status=ToolCall.Status.IN_DOUBT)
+
     def overdue(self) -> Self:
-        """Those that were released and got no result in their time."""
+        """Those that were released to a client and got no result in their time."""
         # The time alone is looked up: only calls that wait for a result have one, so its index is small.
         return self.filter(deadline_at__lte=Now(), status=ToolCall.Status.RELEASED)
 
@@ -475,12 +489,14 @@ class ToolCall(models.Model):
     Its arguments never change: what a person saw is what may run. An edit is part of the decision; what may run by it
     stands in `released_text`. Both are canonical JSON.
 
-    Its deadline begins with its release, so no time runs while it waits for a person.
+    Its deadline begins with its release, so no time runs while it waits for a person. One that the server executes is
+    in doubt when it may have been executed, may not be executed twice, and nobody knows: then an operator is asked.
     """
 
     class Status(models.TextChoices):
         WAITING = "waiting", "waits for a person"
         RELEASED = "released"
+        IN_DOUBT = "in_doubt", "in doubt"
         ANSWERED = "answered"
 
     class Outcome(models.TextChoices):
@@ -507,15 +523,19 @@ class ToolCall(models.Model):
     released_text = models.TextField(blank=True, help_text="The edited arguments, as canonical JSON.")
     args_hash = models.CharField(max_length=64, blank=True, help_text="Of the arguments that wait or may run.")
     requires_approval = models.BooleanField(default=False)
+    on_server = models.BooleanField(
+        default=False, db_default=False, help_text="The server executes it, and not the session's client."
+    )
     status = models.CharField(max_length=16, choices=Status.choices)
     outcome = models.CharField(max_length=16, choices=Outcome.choices, blank=True)
     answer = models.TextField(blank=True, help_text="What the model reads as its result.")
     deadline_seconds = models.PositiveIntegerField(
-        null=True, help_text="How long its client has for a result, as its tool said when it was asked for."
+        null=True, help_text="How long there is for its result, as its tool said when it was asked for."
     )
     created_at = models.DateTimeField(db_default=Now())
     released_at = models.DateTimeField(null=True)
-    deadline_at = models.DateTimeField(null=True, help_text="While a result is waited for: until when.")
+    deadline_at = models.DateTimeField(null=True, help_text="While a client's result is waited for: until when.")
+    begun_at = models.DateTimeField(null=True, help_text="When the server last began to execute it.")
     answered_at = models.DateTimeField(null=True)
 
     objects = ToolCallQuerySet.as_manager()
@@ -528,6 +548,7 @@ class ToolCall(models.Model):
             models.Index(fields=["created_at"], name="call_by_time"),
             models.Index(fields=["tool_name", "created_at"], name="call_by_tool"),
             models.Index(fields=["deadline_at"], condition=Q(deadline_at__isnull=False), name="call_by_deadline"),
+            models.Index(fields=["created_at"], condition=Q(status="in_doubt"), name="call_in_doubt"),
         ]
 
     def __str__(self) -> str:
@@ -547,16 +568,45 @@ class ToolCall(models.Model):
     def is_open(self) -> bool:
         return self.status != ToolCall.Status.ANSWERED
 
+    @property
+    def is_to_be_executed(self) -> bool:
+        """Whether a runner of its turn has to execute it, or is executing it."""
+        return self.on_server and self.status == ToolCall.Status.RELEASED
+
+    @property
+    def state(self) -> str:
+        """Its status as clients are told it, to whom "released" means that they are to execute it."""
+        return EXECUTING if self.is_to_be_executed else self.status
+
+    @property
+    def may_be_given_up(self) -> bool:
+        """Whether a result is waited for that may never come. What the server executes ends by itself."""
+        if self.status == ToolCall.Status.RELEASED:
+            return not self.on_server
+        return self.status == ToolCall.Status.IN_DOUBT
+
     def release(self, *, args_hash: str, edited_text: str = "") -> None:
-        """Let the client execute it. Raises CallMoved unless it waited."""
+        """Let its client, or the server, execute it. Raises CallMoved unless it waited."""
         self._move(
             ToolCall.Status.WAITING,
             status=ToolCall.Status.RELEASED,
             released_at=Now(),
-            deadline_at=deadline(self.deadline_seconds),
+            deadline_at=None if self.on_server else deadline(self.deadline_seconds),
             released_text=edited_text,
             args_hash=args_hash,
         )
+
+    def begin(self) -> None:
+        """The server executes it from now on. Raises CallMoved unless it is released."""
+        self._move(ToolCall.Status.RELEASED, begun_at=timezone.now())
+
+    def doubt(self) -> None:
+        """Leave it to an operator whether it is executed again. Raises CallMoved unless it is released."""
+        self._move(ToolCall.Status.RELEASED, status=ToolCall.Status.IN_DOUBT)
+
+    def release_again(self) -> None:
+        """Have the server execute it again. Raises CallMoved unless it is in doubt."""
+        self._move(ToolCall.Status.IN_DOUBT, status=ToolCall.Status.RELEASED, begun_at=None)
 
     def answer_with(self, text: str, outcome: Outcome) -> None:
         """Close it with what the model reads as its result; the caller holds the session's lock.
@@ -566,6 +616,7 @@ class ToolCall(models.Model):
         self._move(
             ToolCall.Status.WAITING,
             ToolCall.Status.RELEASED,
+            ToolCall.Status.IN_DOUBT,
             status=ToolCall.Status.ANSWERED,
             answer=text,
             outcome=outcome,

@@ -1,4 +1,4 @@
-"""Released calls that get no result: ended at their deadline by the clock, or given up by an operator.
+"""Calls that get no result: ended at their deadline by the clock, given up by an operator, or executed again.
 
 Nobody knows whether such a call was executed. The model is told so and goes on; a result that comes after all changes
 nothing.
@@ -59,18 +59,42 @@ def _end_overdue_in(session_id: str) -> bool:
 
 @transaction.atomic
 def give_up(by: Caller, call: ToolCall, reason: str) -> None:
-    """End a released call that nobody will ever answer, for a reason that the model reads.
+    """End a call that nobody will ever answer, for a reason that the model reads.
 
-    Raises CallMoved when it waits for a decision or has its answer, UnknownSession for another account's.
+    Raises CallMoved when it waits for a decision, is being executed here or has its answer, UnknownSession for another
+    account's.
     """
     session = lifecycle.locked_for(by, call.session_id)
     call = session.calls.select_related("turn").get(pk=call.pk)
-    if call.status != ToolCall.Status.RELEASED:
-        raise CallMoved("The call has its answer already." if not call.is_open else "The call waits for a decision.")
+    if not call.may_be_given_up:
+        raise CallMoved(_why_not(call))
     log.audit(by, "call.given_up", session_id=session.pk, target=call.pk, tool_name=call.tool_name, reason=reason)
     message = f"No result of {call.tool_name} came, and an operator ended the wait. {UNKNOWN}"
     _answer(session, call, ToolCall.Outcome.IN_DOUBT, message, reason=reason)
     _go_on(session, call)
+
+
+@transaction.atomic
+def execute_again(by: Caller, call: ToolCall, reason: str) -> None:
+    """Have the server execute a call in doubt once more, under the same key.
+
+    Raises CallMoved when it is not in doubt any more, UnknownSession for another account's.
+    """
+    session = lifecycle.locked_for(by, call.session_id)
+    call = session.calls.select_related("turn").get(pk=call.pk)
+    if call.status != ToolCall.Status.IN_DOUBT:
+        raise CallMoved(_why_not(call))
+    log.audit(by, "call.executed_again", session_id=session.pk, target=call.pk, tool_name=call.tool_name, reason=reason)
+    call.release_again()
+    _go_on(session, call)
+
+
+def _why_not(call: ToolCall) -> str:
+    if not call.is_open:
+        return "The call has its answer already."
+    if call.status == ToolCall.Status.WAITING:
+        return "The call waits for a decision."
+    return "The call is being executed." if call.on_server else "The call waits for its client's result."
 
 
 def _answer(session: Session, call: ToolCall, outcome: ToolCall.Outcome, message: str, **more: str) -> None:
@@ -86,6 +110,6 @@ def _answer(session: Session, call: ToolCall, outcome: ToolCall.Outcome, message
 
 
 def _go_on(session: Session, call: ToolCall) -> None:
-    """Have the turn go on when none of its calls is open; open calls of a session are of one turn."""
+    """Have the turn go on when a runner has something to do; open calls of a session are of one turn."""
     if call.turn.go_on():
         lifecycle.wake_runner(session.pk)

@@ -104,20 +104,27 @@ def act(
     ran_ms: int = 0,
 ) -> Turn.Status | None:
     """Have a running turn store a model's answer that asks for tools; what becomes of the turn."""
-    scene, finished = scene or steps.look(stream.claim), FinishedStep(text, list(calls))
+    scene, finished = scene or look(stream.claim), FinishedStep(text, list(calls))
     asked = steps.weigh(finished, scene)
     act = partial(steps.act, finished=finished, asked=asked, scene=scene, spent=spent, ran_ms=ran_ms)
     return stream.write(act)[1]
 
 
+def look(claim: Claim) -> Scene:
+    """What the next model step starts from, with no call open."""
+    scene = steps.look(claim)
+    assert scene is not None
+    return scene
+
+
 def complete(stream: TurnStream, text: str = "done", spent: Spent | None = None) -> None:
     """Have a running turn end with an answer."""
-    stream.write(partial(steps.complete, text=text, agent=steps.look(stream.claim).agent, spent=spent))
+    stream.write(partial(steps.complete, text=text, agent=look(stream.claim).agent, spent=spent))
 
 
 def fail(stream: TurnStream, code: str = "model_timeout", spent: Spent | None = None) -> None:
     """Have a running turn end with an error."""
-    agent = steps.look(stream.claim).agent
+    agent = look(stream.claim).agent
     stream.write(partial(steps.fail, code=code, message="Too slow.", agent=agent, spent=spent))
 
 

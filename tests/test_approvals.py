@@ -707,6 +707,7 @@ def test_a_client_that_was_away_finds_what_to_execute() -> None:
             "arguments": OTHER_ARGUMENTS if call == edited else call.arguments,
             "args_hash": fresh_call(call).args_hash,
             "state": "waiting" if call == waiting else "released",
+            "executed_by": "client",
             "requires_approval": call != released,
             "released_at": None if call == waiting else fresh_call(call).released_at.isoformat(),  # type: ignore[union-attr]
             "deadline_at": None if call == waiting else fresh_call(call).deadline_at.isoformat(),  # type: ignore[union-attr]
@@ -1353,13 +1354,23 @@ def test_ids_of_calls_are_ours_and_never_repeat() -> None:
 # --- the turn that waits ---
 
 
-@pytest.mark.parametrize("status", [status for status in Turn.Status if status != Turn.Status.WAITING])
-def test_only_a_turn_that_waits_goes_on(status: Turn.Status) -> None:
+@pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+def test_a_turn_that_has_ended_does_not_go_on(status: str) -> None:
     turn = make_turn(make_session())
     Turn.objects.filter(pk=turn.pk).update(status=status)
 
     with pytest.raises(TurnMoved):
         turn.go_on()
+
+    assert Turn.objects.get(pk=turn.pk).status == status
+
+
+@pytest.mark.parametrize("status", ["queued", "running"])
+def test_a_turn_that_a_runner_has_goes_on_by_itself(status: str) -> None:
+    turn = make_turn(make_session())
+    Turn.objects.filter(pk=turn.pk).update(status=status)
+
+    assert turn.go_on() is True
 
     assert Turn.objects.get(pk=turn.pk).status == status
 

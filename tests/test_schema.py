@@ -30,7 +30,7 @@ from messages_app import transcript
 from orchestrator_site.errors import APIError
 from orchestrator_site.schema import bodies, document, shapes
 from orchestrator_site.schema.examples import ARGUMENTS, CALL, EXAMPLES, HASH, SESSION
-from orchestrator_site.schema.frames import ENDS_A_CALL, ENDS_THE_TURN, REFUSES_A_CALL, REFUSES_A_MESSAGE
+from orchestrator_site.schema.frames import DOUBTS_A_CALL, ENDS_A_CALL, ENDS_THE_TURN, REFUSES_A_CALL, REFUSES_A_MESSAGE
 from orchestrator_site.schema.refusals import DETAILS
 from orchestrator_site.urls import contract
 from tests import databases
@@ -220,7 +220,7 @@ def test_every_code_is_in_the_document_and_in_the_readme() -> None:
     assert set(shown) <= set(REFUSES_A_CALL)
     assert issubclass(handoffs.TooManyHandoffs, ModelError)
     readme = (ROOT / "README.md").read_text()
-    documented = {*told, *ENDS_THE_TURN, *REFUSES_A_CALL, *ENDS_A_CALL, *REFUSES_A_MESSAGE}
+    documented = {*told, *ENDS_THE_TURN, *REFUSES_A_CALL, *ENDS_A_CALL, *DOUBTS_A_CALL, *REFUSES_A_MESSAGE}
     assert {code for code in documented if f"`{code}`" not in readme} == set()
 
 
@@ -630,6 +630,14 @@ def denied(server: Server) -> Iterator[None]:
 
 
 @contextmanager
+def asked(server: Server) -> Iterator[None]:
+    change(server, f"{RULE} VALUES (0, 'switch_mode', '', 'ask', 'Who is next?', true, true)")
+    yield
+    change(server, "UPDATE agents_app_approvalrequest SET rule_id = NULL WHERE tool_name = 'switch_mode'")
+    change(server, "DELETE FROM agents_app_approvalrule WHERE position = 0")
+
+
+@contextmanager
 def others_decide(server: Server) -> Iterator[None]:
     change(server, f"{RULE} VALUES (0, '*', '', 'ask', '', false, true)")
     change(server, "UPDATE agents_app_approvalrule SET self_approval = false")
@@ -769,6 +777,11 @@ def recording(server: Server, llm: PlannedLLM) -> Recording:
     )
     with denied(server):
         on.talk("a rule that denies", call("write_file", ARGUMENTS), say("No."), agent="coder")
+    with asked(server):
+        waits = on.talk("a call that the server executes", call("switch_mode", {"mode": "debug"}), agent="ask")
+    [moved] = [frame.data for frame in waits if frame.type == "server_call"]
+    session_id = f"talk-{next(_numbers) - 1}"
+    on.answer("its result", session_id, {"type": "tool_result", "call_id": moved["call_id"], "result": "mine"})
     on.talk("a model that refuses", status(400), agent="ask")
     on.talk("a model that breaks off", drop("Half a "), agent="ask")
     on.talk("a model that says nothing", empty(), empty(), agent="ask")

@@ -20,7 +20,6 @@ from agents_app.approvals import Choice, Verdict
 from agents_app.models import Agent, ApprovalRequest, ApprovalRule, TeamVersion, Tool
 from events_app.display import visible
 from events_app.models import AuditEntry
-from messages_app import steps
 from sessions_app.models import Session, ToolCall, Turn
 from tests.browsing import Form
 from tests.factories import (
@@ -28,6 +27,7 @@ from tests.factories import (
     act,
     block_audit_entries,
     claim,
+    look,
     make_calls,
     make_session,
     make_turn,
@@ -423,13 +423,13 @@ def test_a_deadline_is_stored_and_makes_no_other_version(superuser: Client, ente
     assert details == {"before": {"deadline_seconds": 30}, "after": {"deadline_seconds": stored}}
 
 
-def test_a_tool_that_the_server_executes_has_no_deadline(superuser: Client) -> None:
+def test_a_tool_that_is_executed_at_once_has_no_deadline(superuser: Client) -> None:
     tool = Tool.objects.get(pk="switch_mode")
 
     errors = errors_of(edit(superuser, tool, deadline_seconds="60"))
 
     assert list(errors) == ["deadline_seconds"]
-    assert "nobody to wait for" in errors["deadline_seconds"]
+    assert "nothing to wait for" in errors["deadline_seconds"]
     tool.refresh_from_db()
     assert tool.deadline_seconds is None
 
@@ -687,7 +687,7 @@ def test_a_turn_keeps_the_team_it_began_with() -> None:
     Agent.objects.filter(pk="coder").update(prompt="Another.", model="other", temperature=1.5, allowed_tools=[])
     Tool.objects.update(description="Another.", version=7)
 
-    now, then = steps.look(claim(later)), steps.look(running.claim)
+    now, then = look(claim(later)), look(running.claim)
 
     assert (now.messages[0]["content"], now.temperature, now.toolbox.offered()) == ("Another.", 1.5, [])
     assert then.messages[0]["content"].startswith("You are the coder") and then.temperature is None
@@ -713,7 +713,7 @@ def test_a_turn_that_waited_goes_on_under_its_own_version() -> None:
     turn = Turn.objects.get()
     turn.go_on()
 
-    scene = steps.look(claim(turn))
+    scene = look(claim(turn))
 
     assert scene.messages[0]["content"].startswith("You are the coder")
 
@@ -735,7 +735,7 @@ def test_a_session_whose_agent_is_gone_says_so_and_can_be_switched() -> None:
     Agent.objects.filter(pk="coder").delete()
 
     with pytest.raises(team.UnknownToTeam) as error:
-        steps.look(claim(turn))
+        look(claim(turn))
 
     assert (error.value.code, error.value.message) == (
         "unknown_agent",
@@ -749,7 +749,7 @@ def test_a_running_turn_that_is_switched_to_a_new_agent_takes_it_as_it_is() -> N
     make_agent(allowed_tools=["read_file"])
     Session.objects.update(current_agent="reviewer")
 
-    scene = steps.look(running.claim)
+    scene = look(running.claim)
 
     assert (scene.agent, [tool["function"]["name"] for tool in scene.toolbox.offered()]) == ("reviewer", ["read_file"])
 
@@ -786,9 +786,9 @@ def test_of_the_rules_then_and_now_the_stricter_holds(then: str, now: str) -> No
 @pytest.mark.django_db
 def test_a_step_reads_no_team_again_and_few_rows_to_judge() -> None:
     running = run(make_turn(make_session()))
-    steps.look(running.claim)
+    look(running.claim)
     with reading() as asked:
-        scene = steps.look(running.claim)
+        scene = look(running.claim)
     assert not [query for query in asked if "agents_app_" in query]
     with reading() as asked:
         act(running, wanted("read_file"), scene=scene)

@@ -796,15 +796,16 @@ def test_a_handover_may_wait_for_a_person_and_is_carried_out_by_the_server(
     session_id = on(server, "architect")
     rules(("ask", "switch_mode"))
     played.script(call("switch_mode", {"mode": "coder"}), say("Here I am."))
-    (handing,) = calls_in(server.say(session_id, "build it"))
-    assert [one["state"] for one in open_calls(server, session_id)] == ["waiting"]
+    asked = server.say(session_id, "build it")
+    (handing,) = [frame.data for frame in asked if frame.type == "server_call"]
+    assert [(one["state"], one["executed_by"]) for one in open_calls(server, session_id)] == [("waiting", "server")]
 
     edited = {"modified_arguments": {"mode": "debug"}} if verdict == "edit" else {}
     answer = server.post(
         {"type": "hitl_decision", "call_id": handing["call_id"], "decision": verdict, **edited}, session_id
     )
 
-    assert handing["requires_approval"] is True
+    assert calls_in(asked) == [] and handing["state"] == "waiting"
     assert [frame.type for frame in answer][0] == "approval_resolved"
     switched = [frame.data["to_agent"] for frame in answer if frame.type == "agent_switched"]
     assert switched == ([] if verdict == "reject" else [arrived])

@@ -33,6 +33,7 @@ from events_app.filters import TimeRange, exactly
 from orchestrator_site.errors import APIError, Unavailable, from_validation
 from orchestrator_site.http import read_json, wire_time
 from sessions_app.callers import Caller, person
+from sessions_app.models import ToolCall
 
 DECIDE = "agents_app.decide_approvalrequest"
 ABOUT_CHARS = 160
@@ -172,7 +173,13 @@ class PendingApprovalAdmin(AboutCall, BrowseOnlyAdmin):
         if request.method == "POST" and "confirmed" in request.POST:
             return self._reject_confirmed(request)
         waiting = ApprovalRequest.objects.pending().count()
-        context = {"title": "Waiting approvals", "channel": APPROVALS, "waiting": waiting, **(extra_context or {})}
+        context = {
+            "title": "Waiting approvals",
+            "channel": APPROVALS,
+            "waiting": waiting,
+            "in_doubt": ToolCall.objects.in_doubt().count(),
+            **(extra_context or {}),
+        }
         return super().changelist_view(request, context)
 
     def _reject_confirmed(self, request: HttpRequest) -> HttpResponseBase:

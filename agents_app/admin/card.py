@@ -188,7 +188,7 @@ class Card:
 
     @property
     def is_executed(self) -> bool:
-        """Whether the client reported how it went."""
+        """Whether the client, or the server, told how it went."""
         return self.call.outcome in (ToolCall.Outcome.OK, ToolCall.Outcome.ERROR)
 
     @property
@@ -277,16 +277,23 @@ def _steps(card: Card) -> Iterator[Step]:
             Decision.Verdict.CANCELLED: f"Cancelled by {by}",
         }
         yield Step(made.decided_at, words[Decision.Verdict(made.verdict)], visible(made.feedback))
+    who = "server" if call.on_server else "client"
     if call.released_at is not None:
-        yield Step(call.released_at, "Released to the client")
+        yield Step(call.released_at, f"Released to the {who}")
+    if call.begun_at is not None:
+        yield Step(call.begun_at, "The server began to execute it")
     if call.answered_at is not None and call.outcome != ToolCall.Outcome.REJECTED:
         words_of = {
-            ToolCall.Outcome.OK: "Executed: the client sent its result",
-            ToolCall.Outcome.ERROR: "Failed: the client sent an error",
+            ToolCall.Outcome.OK: "Executed" if call.on_server else "Executed: the client sent its result",
+            ToolCall.Outcome.ERROR: "Failed" if call.on_server else "Failed: the client sent an error",
             ToolCall.Outcome.TIMED_OUT: f"Timed out: no result came within {call.deadline_seconds} s",
             ToolCall.Outcome.IN_DOUBT: "In doubt: an operator ended the wait for a result",
         }
         yield Step(call.answered_at, words_of.get(ToolCall.Outcome(call.outcome), f"Closed: {call.outcome}"))
+    elif call.status == ToolCall.Status.IN_DOUBT:
+        yield Step(None, "In doubt: the server died meanwhile. An operator has to say what becomes of it")
+    elif call.is_to_be_executed:
+        yield Step(None, "The server executes it")
     elif call.is_open and call.released_at is not None:
         until = f", until {moment(call.deadline_at)} UTC" if call.deadline_at is not None else ""
         yield Step(None, f"Waiting for the client's result{until}")

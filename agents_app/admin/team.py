@@ -18,8 +18,9 @@ from agents_app.admin.team_forms import NO_SUCH_TOOL, AgentForm, RuleForm, ToolF
 from agents_app.llm import CallWanted
 from agents_app.models import Agent, ApprovalRule, Tool
 from agents_app.policy import Outcome, Ruling
+from agents_app.server_tools import ServerTool, StepTool, registered
 from agents_app.team import Team
-from agents_app.tools import ON_THE_SERVER, WRITE, CallRefused, read_arguments
+from agents_app.tools import WRITE, CallRefused, is_on_server, read_arguments
 from events_app.display import EMPTY, as_json, badge, box, clipped, visible
 
 OUTCOME_COLOURS = {Outcome.ALLOW: "success", Outcome.ASK: "warning", Outcome.DENY: "danger"}
@@ -108,6 +109,10 @@ class AgentAdmin(Hidden, EditableAdmin):
         return "\n".join(name if is_known else f"{name} ({NO_SUCH_TOOL})" for name, is_known in names) or EMPTY
 
 
+def _is_delicate(code: ServerTool | StepTool) -> bool:
+    return isinstance(code, ServerTool) and not code.is_repeatable
+
+
 @admin.register(Tool)
 class ToolAdmin(Hidden, EditableAdmin):
     thing = "tool"
@@ -141,7 +146,7 @@ class ToolAdmin(Hidden, EditableAdmin):
     )
 
     def kept_because(self, tool: Tool) -> str | None:
-        return "The server itself executes it." if tool.name in ON_THE_SERVER else None
+        return "The server itself executes it." if tool.name in registered else None
 
     @display(description="Tool", ordering="name")
     def heading(self, tool: Tool) -> str:
@@ -161,7 +166,12 @@ class ToolAdmin(Hidden, EditableAdmin):
 
     @display(description="Executed by")
     def executed(self, tool: Tool) -> str:
-        return "the server" if tool.name in ON_THE_SERVER else "the client"
+        if not is_on_server(tool):
+            return "the client"
+        code = registered.get(tool.name)
+        if code is None:
+            return "the server, which does not have it (SERVER_TOOLS)"
+        return "the server, again only if an operator says so" if _is_delicate(code) else "the server"
 
     @display(description="Deadline", ordering="deadline_seconds")
     def patience(self, tool: Tool) -> str:

@@ -13,16 +13,15 @@ from agents_app.admin.json_editor import JSONTextarea
 from agents_app.models import Agent, ApprovalRule, Tool
 from agents_app.patterns import PatternRefused, ensure_bounded
 from agents_app.routing import SINGLE_AGENT, SPECIALISTS
-from agents_app.tools import MAX_PATH_CHARS, ON_THE_SERVER
+from agents_app.server_tools import MAX_DEADLINE_SECONDS, ServerTool, registered, step_tool_named
+from agents_app.tools import MAX_PATH_CHARS, first_version
 from events_app.display import escaped_json, visible
-from events_app.models import AuditEntry
 from orchestrator_site.errors import APIError
 from orchestrator_site.http import read_json
 from sessions_app.models import ORCHESTRATOR, Session, ToolCall, Turn
 
 MAX_PROMPT_CHARS = 50_000
 MAX_DESCRIPTION_CHARS = 10_000
-MAX_DEADLINE_SECONDS = 24 * 3600
 NO_SUCH_TOOL = "not offered: no such tool"
 # In which mode the code itself passes sessions to whom.
 NEEDED = {"multi_agent": {ORCHESTRATOR, *SPECIALISTS}, "single_agent": {ORCHESTRATOR, SINGLE_AGENT.agent}}
@@ -170,8 +169,9 @@ class ToolForm(EditForm):
         label="Deadline in seconds",
         widget=widgets.UnfoldAdminIntegerFieldWidget,
         help_text=(
-            "How long the client has for a result, from the moment in which a call is released to it. Then the agent "
-            f"is told that none came, and goes on. 1 to {MAX_DEADLINE_SECONDS:,}. Empty: as long as it takes."
+            "How long there is for a result, from the moment in which a call is released to the client, or the server "
+            f"executes it. Then the agent is told that none came, and goes on. 1 to {MAX_DEADLINE_SECONDS:,}. Empty: "
+            "as long as it takes."
         ),
     )
 
@@ -184,7 +184,15 @@ class ToolForm(EditForm):
         self.fields["name"].widget.attrs["readonly"] = bool(self.before)
 
     def clean_name(self) -> str:
-        return self.kept_name("a tool")
+        name = self.kept_name("a tool")
+        if not self.before and name in registered:
+            raise forms.ValidationError("The server's own tool has this name: `migrate` makes it.", code="built_in")
+        return name
+
+    def clean_description(self) -> str:
+        description: str = self.cleaned_data["description"]
+        self._ensure_not_of_the_code("description", description)
+        return description
 
     def clean_parameters(self) -> Values:
         schema: Values = self.cleaned_data["parameters"]
@@ -192,20 +200,27 @@ class ToolForm(EditForm):
             schemas.ensure_usable(schema)
         except schemas.SchemaRefused as refused:
             raise forms.ValidationError(visible(str(refused)), code="schema") from None
-        if self.cleaned_data.get("name") in ON_THE_SERVER:
+        self._ensure_not_of_the_code("parameters", schema)
+        if step_tool_named(str(self.cleaned_data.get("name"))):
             _ensure_passes_on(schema)
         return schema
 
+    def _ensure_not_of_the_code(self, field: str, value: Any) -> None:
+        """Raise ValidationError for a change of what the code of a server's tool says."""
+        of_the_code = isinstance(registered.get(str(self.before.get("name"))), ServerTool)
+        if of_the_code and value != self.before[field]:
+            raise forms.ValidationError("The code of this tool says so; it cannot be changed here.", code="built_in")
+
     def clean_deadline_seconds(self) -> int | None:
         seconds: int | None = self.cleaned_data["deadline_seconds"]
-        if seconds is not None and self.cleaned_data.get("name") in ON_THE_SERVER:
-            raise forms.ValidationError("The server executes this tool: there is nobody to wait for.", code="built_in")
+        if seconds is not None and step_tool_named(str(self.cleaned_data.get("name"))):
+            raise forms.ValidationError("This tool is executed at once: there is nothing to wait for.", code="built_in")
         return seconds
 
     def save(self, commit: bool = True) -> Any:
         """Another schema or description is another tool: what waits for a person was asked of the one before."""
         if not self.before:
-            self.instance.version = _first_version(self.instance.name)
+            self.instance.version = first_version(self.instance.name)
         elif any(self.before[name] != getattr(self.instance, name) for name in ("description", "parameters")):
             self.instance.version = self.before["version"] + 1
         return super().save(commit)
@@ -330,9 +345,3 @@ def _ensure_passes_on(schema: Values) -> None:
     for name in _offered_modes(schema):
         if name not in known:
             raise forms.ValidationError(f'The "mode" {visible(name)} is no agent.', code="built_in")
-
-
-def _first_version(name: str) -> int:
-    """Above every version of a tool that had this name: approvals are given for name and version."""
-    deleted = AuditEntry.objects.filter(action="tool.deleted", target=name).order_by("-id").first()
-    return 1 if deleted is None else int(deleted.details["before"]["version"]) + 1

@@ -79,7 +79,7 @@ class Calls:
         found = []
         for one in objects_at(standing, "open_calls"):
             call, waits = Call.of(one, text_at(one, "args_hash")), one.get("state") == "waiting"
-            if call.call_id in self._reported:
+            if call.call_id in self._reported or not (waits or one.get("state") == "released"):
                 continue
             if waits:
                 self._waiting[call.call_id] = call

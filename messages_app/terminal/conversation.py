@@ -166,6 +166,8 @@ class Conversation:
                 call, waits = Call.of(data, text_at(metadata, "args_hash")), bool(data.get("requires_approval"))
                 self._show_call(call, waits=waits)
                 self._calls.announce(call, waits=waits)
+            case "server_call":
+                self._show_server_call(data, Call.of(data, text_at(metadata, "args_hash")))
             case "approval_resolved":
                 self._take_decision(text_at(data, "call_id"), metadata)
             case "error":
@@ -205,6 +207,17 @@ class Conversation:
         self._screen.call(self._agent, call.tool, call.arguments)
         if waits:
             self._screen.line(f"  It waits for an operator: {self._connection.server}{QUEUE}", "attention")
+
+    def _show_server_call(self, data: dict[str, Any], call: Call) -> None:
+        """A call that is none of this client's: the server executes it, perhaps once a person has said so."""
+        match text_at(data, "state"):
+            case "waiting":
+                self._show_call(call, waits=True)
+                self._calls.announce(call, waits=True)
+            case "executing":
+                self._screen.call(self._agent, call.tool, call.arguments)
+            case outcome:
+                self._screen.line(f"  → {outcome}, on the server", "quiet" if outcome == "ok" else "bad")
 
     def _show_past(self, message: dict[str, Any]) -> None:
         content = text_at(message, "content")

@@ -29,7 +29,7 @@ from orchestrator_site.schema.shapes import (
     text,
     told_apart,
 )
-from sessions_app.models import ToolCall
+from sessions_app.models import EXECUTING, ToolCall
 
 Verdict = Decision.Verdict
 DEADLINE = """
@@ -236,7 +236,11 @@ SCHEMAS: dict[str, Schema] = {
             "tool_name": NAME,
             "arguments": {**OBJECT, "description": "Those that are to be executed: of an edit the edited ones."},
             "args_hash": HASH,
-            "state": one_of(ToolCall.Status.WAITING, ToolCall.Status.RELEASED),
+            "state": {
+                **one_of(ToolCall.Status.WAITING, ToolCall.Status.RELEASED, EXECUTING, ToolCall.Status.IN_DOUBT),
+                "description": "Only what is released is a client's to execute.",
+            },
+            "executed_by": one_of("client", "server"),
             "requires_approval": FLAG,
             "released_at": nullable(TIME),
             "deadline_at": {**nullable(TIME), "description": prose(DEADLINE)},

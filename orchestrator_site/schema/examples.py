@@ -113,6 +113,7 @@ EXAMPLES: dict[str, Any] = {
                 "arguments": EDITED,
                 "args_hash": EDITED_HASH,
                 "state": "released",
+                "executed_by": "client",
                 "requires_approval": True,
                 "released_at": DECIDED,
                 "deadline_at": DEADLINE,

@@ -1,6 +1,7 @@
 """What streams carry: the data of each frame, and what a socket receives."""
 
 from agents_app.models import Decision
+from messages_app import steps
 from orchestrator_site.schema.answers import CONFIDENCE, DECIDED
 from orchestrator_site.schema.shapes import (
     AGENT,
@@ -24,7 +25,7 @@ from orchestrator_site.schema.shapes import (
     text,
     told_apart,
 )
-from sessions_app.models import RUNNER_LOST, Turn
+from sessions_app.models import EXECUTING, RUNNER_LOST, ToolCall, Turn
 from sessions_app.unanswered import GIVEN_UP, TIMED_OUT
 
 Status = Turn.Status
@@ -55,6 +56,8 @@ REFUSES_A_CALL = {
     "denied_by_policy": "a rule denies it",
 }
 # Of a released call that got no result; the model was told, and the turn goes on.
+# Of a call that the server executes; the turn waits.
+DOUBTS_A_CALL = {steps.IN_DOUBT: "the server died while it executed the call; an operator is asked"}
 ENDS_A_CALL = {
     TIMED_OUT: "its client sent no result in time",
     GIVEN_UP: "an operator ended the wait for its result",
@@ -62,11 +65,13 @@ ENDS_A_CALL = {
 # For the request alone that sent a result or a decision; such a frame has no number.
 REFUSES_A_MESSAGE = {
     "unknown_call": "no call of this session waits for it",
+    "executed_by_server": "the server executes this call itself",
     "invalid_decision": "there is no such decision",
     "arguments_changed": "other arguments wait than those that were looked at",
     "policy_changed": "a rule or the tool has changed: nobody may approve it now",
     "self_approval_forbidden": "somebody else has to decide",
 }
+ENDS_OF_A_SERVER_CALL = (ToolCall.Outcome.OK, ToolCall.Outcome.ERROR, ToolCall.Outcome.TIMED_OUT)
 STOPPED = ("cancelled", "superseded")
 
 USAGE = record({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT})
@@ -91,9 +96,17 @@ client need not execute it any more, and a result that comes after all changes n
 
 {_explained(ENDS_A_CALL)}
 
+Of a call that the server executes and that may not be executed twice by its own choice (the turn waits):
+
+{_explained(DOUBTS_A_CALL)}
+
 Of a result or a decision that is refused:
 
 {_explained(REFUSES_A_MESSAGE, {"already_decided": "somebody was faster: who, how and when"})}
+"""
+SERVER_CALL = """
+Where a call stands that the server executes itself: it waits for a person, is being executed, or how it ended. No
+client is to execute it, and a `tool_result` for it is refused. `executing` is told again when the server died.
 """
 RESET = """
 The position that was asked for is gone or never was: drop what you showed and read the history again. All that is kept
@@ -131,6 +144,17 @@ CHUNKS: dict[str, Schema] = {
         },
         description="A tool call that is the client's to execute, or with `requires_approval` a person's to decide on.",
     ),
+    "ServerCallChunk": record(
+        {
+            "type": only("server_call"),
+            "call_id": CALL_ID,
+            "tool_name": NAME,
+            "arguments": OBJECT,
+            "state": one_of(ToolCall.Status.WAITING, EXECUTING, *ENDS_OF_A_SERVER_CALL),
+            "metadata": record({"args_hash": HASH}),
+        },
+        description=prose(SERVER_CALL),
+    ),
     "AgentSwitchedChunk": record(
         {
             "type": only("agent_switched"),
@@ -151,7 +175,7 @@ CHUNKS: dict[str, Schema] = {
             "metadata": {
                 "oneOf": [
                     record({"code": one_of(*dict.fromkeys([*ENDS_THE_TURN, *REFUSES_A_MESSAGE]))}),
-                    record({"code": one_of(*REFUSES_A_CALL, *ENDS_A_CALL), "call_id": CALL_ID}),
+                    record({"code": one_of(*REFUSES_A_CALL, *ENDS_A_CALL, *DOUBTS_A_CALL), "call_id": CALL_ID}),
                     record({"code": only("already_decided"), **DECIDED}),
                 ]
             },
@@ -224,6 +248,7 @@ SCHEMAS: dict[str, Schema] = {
             error="ErrorChunk",
             turn_started="TurnStartedChunk",
             turn_finished="TurnFinishedChunk",
+            server_call="ServerCallChunk",
             approval_resolved="ApprovalResolvedChunk",
             restarted="RestartedChunk",
             stream_reset="StreamResetChunk",

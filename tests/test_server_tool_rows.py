@@ -1,0 +1,290 @@
+"""What is registered, and what its rows, pages and rules make of it; within this process."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.contrib.admin.utils import quote
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
+from django.test import Client
+from django.urls import reverse
+
+from agents_app import server_tools, tools
+from agents_app.models import Agent, Tool
+from agents_app.server_tools import ServerCall, server_tool
+from events_app.models import AuditEntry, Event
+from messages_app import steps
+from sessions_app import unanswered
+from sessions_app.models import CallMoved, Session, ToolCall, Turn
+from tests.factories import (
+    OPERATOR,
+    act,
+    claim,
+    let_lease_run_out,
+    look,
+    make_session,
+    make_turn,
+    run,
+    wanted,
+)
+from tests.pages import INJECTIONS, RAW, TRICKS, Page
+
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("quick_passwords")]
+
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"to": {"type": "string"}}, "required": ["to"]}
+
+
+@pytest.fixture(autouse=True)
+def pay() -> Iterator[None]:
+    """A tool that may not be repeated, with its row, which the coder may use."""
+    before = dict(server_tools.registered)
+    server_tool("pay", description="Pay somebody.", parameters=SCHEMA, is_repeatable=False, deadline_seconds=30)(paying)
+    tools.follow_registry()
+    coder = Agent.objects.get(pk="coder")
+    Agent.objects.filter(pk="coder").update(allowed_tools=[*coder.allowed_tools, "pay"])
+    yield
+    server_tools.registered.clear()
+    server_tools.registered.update(before)
+
+
+async def paying(call: ServerCall) -> str:
+    return "paid"
+
+
+def make_doubtful(session_id: str = "s", to: str = "Ann") -> ToolCall:
+    """A call whose first runner died after it had begun."""
+    turn = make_turn(make_session(session_id))
+    running = run(turn)
+    act(running, wanted("pay", {"to": to}))
+    begun: list[ServerCall] = []
+    running.write(lambda step: steps.begin(step, begun, 0))
+    assert [call.arguments for call in begun] == [{"to": to}]
+    let_lease_run_out(turn)
+    again: list[ServerCall] = []
+    run(turn).write(lambda step: steps.begin(step, again, 0))
+    assert again == []
+    return turn.calls.get()
+
+
+def page_of(call: ToolCall) -> str:
+    return reverse("admin:sessions_app_toolcall_given_up", args=[quote(call.pk)])
+
+
+def status_of(call: ToolCall) -> tuple[str, str]:
+    call.refresh_from_db()
+    return call.status, Turn.objects.get(pk=call.turn_id).status
+
+
+# --- The registry ---
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a" * 65, "pay", "switch_mode"])
+def test_a_name_that_is_none_or_taken_stops_the_start(name: str) -> None:
+    with pytest.raises(ImproperlyConfigured):
+        server_tool(name, description="", parameters=SCHEMA)(paying)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 86_401])
+def test_a_deadline_out_of_range_stops_the_start(seconds: int) -> None:
+    with pytest.raises(ImproperlyConfigured, match="1 to 86400"):
+        server_tool("slow", description="", parameters=SCHEMA, deadline_seconds=seconds)
+
+
+def test_a_module_that_cannot_be_imported_stops_the_start() -> None:
+    with pytest.raises(ImproperlyConfigured, match="SERVER_TOOLS: there.is.none"):
+        server_tools.load(["there.is.none"])
+
+
+def test_a_schema_that_cannot_be_used_stops_the_migration() -> None:
+    server_tool("odd", description="", parameters={"type": "nonsense"})(paying)
+
+    with pytest.raises(ImproperlyConfigured, match="odd"):
+        tools.follow_registry()
+
+
+# --- Its row ---
+
+
+def test_migrating_makes_the_row_and_keeps_what_admins_may_change() -> None:
+    row = Tool.objects.get(pk="pay")
+    assert (row.description, row.parameters, row.deadline_seconds, row.on_server, row.version) == (
+        "Pay somebody.",
+        SCHEMA,
+        30,
+        True,
+        1,
+    )
+    Tool.objects.filter(pk="pay").update(deadline_seconds=5, position=3)
+
+    call_command("migrate", verbosity=0)
+
+    row.refresh_from_db()
+    assert (row.deadline_seconds, row.position, row.version) == (5, 3, 1)
+
+
+def test_another_schema_in_the_code_is_another_version() -> None:
+    Tool.objects.filter(pk="pay").update(description="Something else.", version=4)
+
+    tools.follow_registry()
+
+    row = Tool.objects.get(pk="pay")
+    assert (row.description, row.version) == ("Pay somebody.", 5)
+
+
+def test_a_client_s_tool_of_that_name_becomes_the_server_s() -> None:
+    Tool.objects.filter(pk="pay").update(on_server=False)
+
+    tools.follow_registry()
+
+    row = Tool.objects.get(pk="pay")
+    assert (row.on_server, row.version) == (True, 2)
+
+
+def test_one_that_the_server_does_not_have_any_more_is_no_client_s_to_execute() -> None:
+    del server_tools.registered["pay"]
+    turn = make_turn(make_session())
+
+    assert act(run(turn), wanted("pay", {"to": "Ann"})) is None
+
+    call = turn.calls.get()
+    assert (call.status, call.outcome, call.on_server) == ("answered", "refused", True)
+    assert "does not have pay" in call.answer
+
+
+def test_what_the_code_says_is_not_edited_and_the_row_stays(superuser: Client) -> None:
+    page = reverse("admin:agents_app_tool_change", args=["pay"])
+    shown = Page(superuser.get(page).content.decode())
+    assert "the server, again only if an operator says so" in shown.text
+
+    form = superuser.get(page).context["adminform"].form
+    fields = {name: form[name].value() for name in form.fields}
+    fields["parameters"] = '{"type": "object"}'
+    answer = superuser.post(page, {**fields, "description": "Pay nobody.", "deadline_seconds": "5"})
+
+    assert answer.status_code == 200
+    assert set(answer.context["adminform"].form.errors) == {"description", "parameters"}
+    superuser.post(reverse("admin:agents_app_tool_delete", args=["pay"]), {"post": "yes"})
+    assert Tool.objects.get(pk="pay").description == "Pay somebody."
+
+
+# --- In doubt ---
+
+
+def test_what_may_have_been_executed_is_left_to_an_operator() -> None:
+    call = make_doubtful()
+
+    assert status_of(call) == ("in_doubt", "waiting")
+    entry = AuditEntry.objects.get()
+    assert (entry.action, entry.actor, entry.target) == ("call.in_doubt", "system", call.pk)
+    told = Event.objects.get(event_type="agent.error.occurred")
+    assert told.data["error_type"] == "tool_in_doubt"
+
+
+def test_the_pages_of_an_operator_lead_to_it(operator: Client) -> None:
+    call = make_doubtful()
+
+    queue = operator.get(reverse("admin:agents_app_pendingapproval_changelist")).content.decode()
+    start = Page(operator.get(reverse("admin:index")).content.decode()).text
+    listed = Page(
+        operator.get(reverse("admin:sessions_app_toolcall_changelist"), {"status": "in_doubt"}).content.decode()
+    )
+    asked = Page(operator.get(page_of(call)).content.decode()).text
+
+    assert "In doubt: 1" in queue and "status=in_doubt" in queue
+    assert "Calls in doubt" in start
+    assert "in doubt, waits for an operator" in listed.text
+    assert "pay is in doubt" in asked and "Execute again" in asked and "Ann" in asked
+
+
+def test_without_any_nothing_is_said_of_it(operator: Client) -> None:
+    assert "In doubt" not in operator.get(reverse("admin:agents_app_pendingapproval_changelist")).content.decode()
+    assert "Calls in doubt" not in operator.get(reverse("admin:index")).content.decode()
+
+
+def test_an_operator_has_it_executed_again_once(operator: Client) -> None:
+    call = make_doubtful()
+
+    answer = operator.post(page_of(call), {"reason": "Nothing came.", "again": "1"}, follow=True)
+
+    assert "The server executes it again." in Page(answer.content.decode()).text
+    assert status_of(call) == ("released", "queued")
+    entry = AuditEntry.objects.order_by("-id").first()
+    assert entry is not None
+    assert (entry.action, entry.actor, entry.reason) == ("call.executed_again", "olga", "Nothing came.")
+    begun: list[ServerCall] = []
+    run(Turn.objects.get()).write(lambda step: steps.begin(step, begun, 0))
+    assert [each.call_id for each in begun] == [call.pk]
+    with pytest.raises(CallMoved, match="being executed"):
+        unanswered.execute_again(OPERATOR, call, "Twice.")
+    with pytest.raises(CallMoved, match="being executed"):
+        unanswered.give_up(OPERATOR, call, "Gone.")
+
+
+def test_it_needs_a_reason_and_the_right(operator: Client, auditor: Client) -> None:
+    call = make_doubtful()
+
+    assert operator.post(page_of(call), {"reason": "", "again": "1"}).status_code == 422
+    assert auditor.post(page_of(call), {"reason": "Now.", "again": "1"}).status_code == 403
+    assert status_of(call) == ("in_doubt", "waiting")
+
+
+def test_a_client_s_call_is_never_executed_again(operator: Client) -> None:
+    turn = make_turn(make_session())
+    act(run(turn), wanted("read_file"))
+    call = turn.calls.get()
+
+    answer = operator.post(page_of(call), {"reason": "Now.", "again": "1"}, follow=True)
+
+    assert "Not done." in Page(answer.content.decode()).text
+    assert status_of(call) == ("released", "waiting")
+
+
+def test_what_a_model_wrote_does_not_come_alive_on_the_page_of_a_call_in_doubt(operator: Client) -> None:
+    plain, hostile = make_doubtful("plain"), make_doubtful("hostile", to="\n".join([*INJECTIONS, *TRICKS]))
+
+    quiet, page = (Page(operator.get(page_of(call)).content.decode()) for call in (plain, hostile))
+
+    assert len(page.elements) == len(quiet.elements)
+    assert page.scripts == quiet.scripts
+    assert RAW.search(page.text) is None
+
+
+# --- The turn ---
+
+
+def test_arguments_that_somebody_changed_are_not_executed() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}))
+    ToolCall.objects.update(arguments_text='{"to":"Mallory"}')
+
+    with pytest.raises(steps.ArgumentsTampered):
+        running.write(lambda step: steps.begin(step, [], 0))
+
+
+def test_a_turn_that_is_parked_leaves_no_call_open() -> None:
+    turn = make_turn(make_session())
+    act(run(turn), wanted("pay", {"to": "Ann"}))
+    Turn.objects.filter(pk=turn.pk).update(lost_count=2, is_singled_out=True, owner="dead")
+    let_lease_run_out(turn)
+
+    with pytest.raises(KeyError):
+        claim(turn)
+
+    call = turn.calls.get()
+    assert status_of(call) == ("answered", "failed")
+    assert call.outcome == "cancelled"
+
+
+def test_before_its_calls_are_answered_the_model_is_not_asked() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}), scene=look(running.claim))
+
+    assert steps.look(running.claim) is None
+
+    running.write(lambda step: steps.begin(step, [], 0))
+    running.write(lambda step: steps.store(step, turn.calls.get().pk, "paid", ToolCall.Outcome.OK, 0))
+    assert look(running.claim).messages[-1]["content"] == "paid"
+    assert Session.objects.get().message_count == 3

@@ -11,7 +11,7 @@ from django.test import Client
 from django.urls import reverse
 
 from agents_app import server_tools, tools
-from agents_app.models import Agent, Tool
+from agents_app.models import Agent, ApprovalRule, Tool
 from agents_app.server_tools import ServerCall, server_tool
 from events_app.models import AuditEntry, Event
 from messages_app import steps
@@ -248,6 +248,17 @@ def test_what_a_model_wrote_does_not_come_alive_on_the_page_of_a_call_in_doubt(o
     assert len(page.elements) == len(quiet.elements)
     assert page.scripts == quiet.scripts
     assert RAW.search(page.text) is None
+
+
+@pytest.mark.parametrize(("tool", "who"), [("pay", "this server itself"), ("write_file", "the client, on its side")])
+def test_the_card_says_who_will_execute(operator: Client, tool: str, who: str) -> None:
+    ApprovalRule.objects.create(tool=tool, outcome="ask")
+    turn = make_turn(make_session())
+    act(run(turn), wanted(tool, {"to": "Ann"} if tool == "pay" else None))
+
+    card = reverse("admin:agents_app_approvalrequest_change", args=[turn.calls.get().approval.pk])
+
+    assert who in Page(operator.get(card).content.decode()).text
 
 
 # --- The turn ---

@@ -14,6 +14,7 @@ from tests import databases
 from tests.scripted_llm import Gate, ScriptedLLM, call, calls, gated, say
 from tests.server import Frame, Server, eventually, running, until
 from tests.staff import COOKIE, OPERATORS, cookie_of
+from tests.terminal import Chat
 from tests.test_tool_faults import read_by
 from tests.test_tool_survival import calls_in, messages, open_calls, refusal_in, results
 
@@ -449,3 +450,27 @@ def test_when_the_user_has_gone_on_before_nothing_is_executed_that_leads_nowhere
 
     assert lines(server, "payments") == []
     assert {json.loads(text)["status"] for _, text in results(server, "t18")} == {"superseded"}
+
+
+def test_the_terminal_shows_what_the_server_executes_and_leaves_it_alone(
+    server: Server, played: ScriptedLLM, ask_about: Callable[[str], None], tmp_path: Path
+) -> None:
+    ask_about("pay")
+    server.post({"type": "switch_agent", "agent_type": "coder"}, "t19")
+    played.script(call("pay", {"text": "rent"}), call("add_note", {"text": "rent is paid"}), say("All done."))
+    with Chat(server, tmp_path, "--session", "t19") as chat:
+        chat.expect("Session t19 again")
+        chat.say("Pay the rent")
+        chat.expect("pay")
+        chat.expect("waits for an operator")
+        [waiting] = eventually(lambda: open_calls(server, "t19"))
+        decision = server.http.post(f"/approvals/{waiting['call_id']}/decision", json={"decision": "approve"})
+        assert decision.status_code == 200
+        chat.expect("pay was approved by internal")
+        chat.expect("  → ok, on the server\n")
+        chat.expect("add_note")
+        chat.expect("  → ok, on the server\n")
+        chat.expect("│ All done.\n")
+
+    assert len(lines(server, "payments")) == len(lines(server, "notes")) == 1
+    assert rows(server, "SELECT count(*) FROM events_app_auditentry WHERE action = 'call.late_result'") == [(0,)]

@@ -182,6 +182,14 @@ class ToolForm(EditForm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fields["name"].widget.attrs["readonly"] = bool(self.before)
+        if self._is_of_the_code:
+            for name in ("description", "parameters"):
+                self.fields[name].help_text = "The code of this tool says so; it cannot be changed here."
+
+    @property
+    def _is_of_the_code(self) -> bool:
+        """Whether it is a server's tool, whose description and schema stand in its code."""
+        return isinstance(registered.get(str(self.before.get("name"))), ServerTool)
 
     def clean_name(self) -> str:
         name = self.kept_name("a tool")
@@ -207,8 +215,7 @@ class ToolForm(EditForm):
 
     def _ensure_not_of_the_code(self, field: str, value: Any) -> None:
         """Raise ValidationError for a change of what the code of a server's tool says."""
-        of_the_code = isinstance(registered.get(str(self.before.get("name"))), ServerTool)
-        if of_the_code and value != self.before[field]:
+        if self._is_of_the_code and value != self.before[field]:
             raise forms.ValidationError("The code of this tool says so; it cannot be changed here.", code="built_in")
 
     def clean_deadline_seconds(self) -> int | None:

@@ -71,14 +71,20 @@ class Process:
 
 
 def start(
-    module: str, *arguments: str, environment: dict[str, str], out: IO[Any], err: IO[Any] | None = None
+    module: str,
+    *arguments: str,
+    environment: dict[str, str],
+    out: int | IO[Any],
+    err: int | IO[Any] | None = None,
+    reads: int | IO[Any] | None = None,
 ) -> Process:
     """`python -m module arguments` in the project's folder; without `err`, `out` takes the errors too."""
     reports, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    with theirs, Path(os.devnull).open() as nothing:
         request = json.dumps([[module, *arguments], environment]).encode()
         assert len(request) < MESSAGE_BYTES
-        handed = [theirs.fileno(), out.fileno(), (err or out).fileno()]
+        files = (theirs, nothing if reads is None else reads, out, out if err is None else err)
+        handed = [file if isinstance(file, int) else file.fileno() for file in files]
         socket.send_fds(_forking(), [request], handed)
     return Process(reports)
 
@@ -142,7 +148,7 @@ def fork_as_told(told: socket.socket) -> list[str]:
                 reports.send(str(os.waitstatus_to_exitcode(status)).encode())
         if told.fileno() not in ready:
             continue
-        request, handed, _, _ = socket.recv_fds(told, MESSAGE_BYTES, 3)
+        request, handed, _, _ = socket.recv_fds(told, MESSAGE_BYTES, 4)
         if not request:
             for process_id, _ in running.values():
                 os.kill(process_id, signal.SIGKILL)
@@ -164,10 +170,14 @@ def fork_as_told(told: socket.socket) -> list[str]:
         reports.send(str(process_id).encode())
 
 
-def become(request: list[Any], out: int, err: int) -> list[str]:
-    for number, file in enumerate((out, err), start=1):
+def become(request: list[Any], *files: int) -> list[str]:
+    for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    # Made anew: the ones that there are believe to be what they were before.
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False, errors=sys.stdout.errors)
+    sys.stderr = os.fdopen(2, "w", closefd=False, errors=sys.stderr.errors, buffering=1)
     command, environment = request
     os.environ.clear()
     os.environ.update(environment)

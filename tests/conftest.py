@@ -13,7 +13,7 @@ from orchestrator_site.local_services import Redis, find
 from tests import databases, scaled
 from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import ScriptedLLM
-from tests.server import Server, running
+from tests.server import Server, eventually, running
 
 
 @pytest.fixture
@@ -93,19 +93,32 @@ def mortal(mortal_server: Server, played: ScriptedLLM) -> Iterator[Server]:
 
 
 @pytest.fixture
-def played(shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
+def played(request: pytest.FixtureRequest, shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
     """The module's model for one test: its script has to be played to the end, and no history may be refused.
 
-    What a test leaves of its script, when it fails, or sets by default is not played to the next.
+    What a test leaves of its script, when it fails, or sets by default is not played to the next; nor does a turn that
+    it leaves running play the next one's script.
     """
     seen, default = len(shared_llm.refused), shared_llm.default
     shared_llm.route_to = "coder"
+    servers = [
+        request.getfixturevalue(name) for name in ("shared_server", "mortal_server") if name in request.fixturenames
+    ]
     yield shared_llm
-    left = shared_llm.unplayed
-    shared_llm.forget()
-    shared_llm.default = default
+    try:
+        for server in servers:
+            eventually(lambda server=server: is_idle(server))
+    finally:
+        left = shared_llm.unplayed
+        shared_llm.forget()
+        shared_llm.default = default
     assert left == 0
     assert shared_llm.refused[seen:] == []
+
+
+def is_idle(server: Server) -> bool:
+    busy = "SELECT count(*) FROM sessions_app_turn WHERE status IN ('queued', 'running')"
+    return databases.rows(server.database, busy) == [(0,)]
 
 
 # --- People in Django's own client ---------------------------------------------------------------------------------

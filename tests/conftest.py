@@ -80,13 +80,13 @@ def mortal_server(
     tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("mortal")
-    with running(folder, migrated, LLM_BASE_URL=shared_llm.url, TURN_LEASE_SECONDS="1") as started:
+    with running(folder, migrated, LLM_BASE_URL=shared_llm.url, TURN_LEASE_SECONDS="2") as started:
         yield started
 
 
 @pytest.fixture
 def mortal(mortal_server: Server, played: ScriptedLLM) -> Iterator[Server]:
-    """A module's server that tests kill. A turn that it leaves behind is taken over after a second."""
+    """A module's server that tests kill. A turn that it leaves behind is taken over after two seconds."""
     yield mortal_server
     if mortal_server.process is None or mortal_server.process.poll() is not None:
         mortal_server.start()

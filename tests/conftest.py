@@ -13,7 +13,7 @@ from orchestrator_site.local_services import Redis, find
 from tests import databases, scaled
 from tests.databases import ON_POSTGRESQL
 from tests.scripted_llm import ScriptedLLM
-from tests.server import Server, running
+from tests.server import Server, eventually, running
 
 
 @pytest.fixture
@@ -80,32 +80,45 @@ def mortal_server(
     tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("mortal")
-    with running(folder, migrated, LLM_BASE_URL=shared_llm.url, TURN_LEASE_SECONDS="1") as started:
+    with running(folder, migrated, LLM_BASE_URL=shared_llm.url, TURN_LEASE_SECONDS="2") as started:
         yield started
 
 
 @pytest.fixture
 def mortal(mortal_server: Server, played: ScriptedLLM) -> Iterator[Server]:
-    """A module's server that tests kill. A turn that it leaves behind is taken over after a second."""
+    """A module's server that tests kill. A turn that it leaves behind is taken over after two seconds."""
     yield mortal_server
     if mortal_server.process is None or mortal_server.process.poll() is not None:
         mortal_server.start()
 
 
 @pytest.fixture
-def played(shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
+def played(request: pytest.FixtureRequest, shared_llm: ScriptedLLM) -> Iterator[ScriptedLLM]:
     """The module's model for one test: its script has to be played to the end, and no history may be refused.
 
-    What a test leaves of its script, when it fails, or sets by default is not played to the next.
+    What a test leaves of its script, when it fails, or sets by default is not played to the next; nor does a turn that
+    it leaves running play the next one's script.
     """
     seen, default = len(shared_llm.refused), shared_llm.default
     shared_llm.route_to = "coder"
+    servers = [
+        request.getfixturevalue(name) for name in ("shared_server", "mortal_server") if name in request.fixturenames
+    ]
     yield shared_llm
-    left = shared_llm.unplayed
-    shared_llm.forget()
-    shared_llm.default = default
+    try:
+        for server in servers:
+            eventually(lambda server=server: is_idle(server))
+    finally:
+        left = shared_llm.unplayed
+        shared_llm.forget()
+        shared_llm.default = default
     assert left == 0
     assert shared_llm.refused[seen:] == []
+
+
+def is_idle(server: Server) -> bool:
+    busy = "SELECT count(*) FROM sessions_app_turn WHERE status IN ('queued', 'running')"
+    return databases.rows(server.database, busy) == [(0,)]
 
 
 # --- People in Django's own client ---------------------------------------------------------------------------------
@@ -180,7 +193,23 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
+# The files that take longest by the clock. They begin first: one that begins as the last is waited for alone.
+BEGIN_FIRST = [
+    "test_scaled",
+    "test_tool_survival",
+    "test_scaled_load",
+    "test_bad_input",
+    "test_scaled_stop",
+    "test_bad_calls",
+    "test_survival",
+    "test_operators_live",
+    "test_scenarios",
+]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(BEGIN_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     for marker, (_, is_missing) in NEEDS.items():
         without = [item for item in items if is_missing and item.get_closest_marker(marker)]
         if without:

@@ -107,6 +107,10 @@ class Opened:
         """Returns the cursor."""
         return self._connection.execute(_written(statement), values)
 
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = self.execute(query, values).fetchall()
+        return found
+
     def executemany(self, statement: str, values: Sequence[Sequence[Any]]) -> None:
         self._connection.cursor().executemany(_written(statement), values)
 
@@ -125,9 +129,17 @@ def change(place: Path, statement: str, *values: Any) -> None:
 
 def rows(place: Path, query: str, *values: Any) -> list[tuple[Any, ...]]:
     """What a query finds, in the types of the database; nothing is changed by it."""
+    with reading(place) as database:
+        return database.rows(query, *values)
+
+
+@contextmanager
+def reading(place: Path) -> Iterator[Opened]:
+    """For those who read often: each query finds what is committed then. A connection costs more than a query."""
     with closing(_connect(place, reads_only=True)) as connection:
-        found: list[tuple[Any, ...]] = Opened(connection).execute(query, values).fetchall()
-        return found
+        if ON_POSTGRESQL:
+            connection.autocommit = True
+        yield Opened(connection)
 
 
 @contextmanager

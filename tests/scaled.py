@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,9 +10,9 @@ from pathlib import Path
 import psycopg
 
 from orchestrator_site.local_services import PostgreSQL
-from tests import databases
+from tests import databases, preloaded
 from tests.scripted_llm import ScriptedLLM
-from tests.server import ROOT, TIMEOUT, Server, eventually
+from tests.server import TIMEOUT, Server, eventually
 
 # On a busy machine a shorter lease runs out under runners that live.
 SCALED = {"TURN_RUNNER": "procrastinate", "TURN_LEASE_SECONDS": "5"}
@@ -26,17 +24,11 @@ class Worker:
     def __init__(self, folder: Path, environment: dict[str, str], name: str) -> None:
         self.environment = environment
         self.log = folder / f"{name}.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: preloaded.Process | None = None
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "manage.py", "procrastinate", "worker"],
-                cwd=ROOT,
-                env=self.environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            self.process = preloaded.start("manage", "procrastinate", "worker", environment=self.environment, out=log)
 
     def kill(self) -> None:
         """kill -9"""

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from tests import databases
+from tests import databases, preloaded
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "test-key-test-key-test-key-test-key-test"
@@ -88,7 +87,7 @@ class Server:
             "SSL_CERT_FILE": os.devnull,
             **settings,
         }
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: preloaded.Process | None = None
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}",
             headers=AUTH,
@@ -103,8 +102,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def manage(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "manage.py", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT)
+        return preloaded.run("manage", *arguments, environment=self.environment, timeout=TIMEOUT)
 
     def start(self) -> None:
         commands = {
@@ -114,13 +112,7 @@ class Server:
             "daphne": ["daphne", "-b", "127.0.0.1", "-p", str(self.port), "orchestrator_site.asgi:application"],
         }
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *commands[self.server]],
-                cwd=ROOT,
-                env=self.environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            self.process = preloaded.start(*commands[self.server], environment=self.environment, out=log)
         self.wait_healthy()
 
     def wait_healthy(self) -> None:

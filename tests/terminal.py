@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests import preloaded
 from tests.server import KEY, ROOT, Server
 
 PATIENCE = 20.0
@@ -45,15 +46,15 @@ class Chat:
             "SSL_CERT_FILE": os.devnull,
             **(environment or {}),
         }
-        command = [sys.executable, "manage.py", "chat", "--workspace", str(workspace), "--server", address, *options]
+        command = ["chat", "--workspace", str(workspace), "--server", address, *options]
         self._seen = ""
         self._expected = 0
         self._changed = threading.Condition()
         self._is_over = False
         if on_terminal:
             self._ours, theirs = pty.openpty()
-            self.process = subprocess.Popen(
-                command,
+            self.process: subprocess.Popen[bytes] | preloaded.Process = subprocess.Popen(
+                [sys.executable, "manage.py", *command],
                 cwd=ROOT,
                 env=everything,
                 stdin=theirs,
@@ -66,16 +67,13 @@ class Chat:
             os.close(theirs)
             self._writes = self._ours
         else:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=everything,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            assert self.process.stdin is not None and self.process.stdout is not None
-            self._writes, self._ours = self.process.stdin.fileno(), self.process.stdout.fileno()
+            its_input, self._writes = os.pipe()
+            self._ours, its_output = os.pipe()
+            self.process = preloaded.start("manage", *command, environment=everything, reads=its_input, out=its_output)
+            os.close(its_input)
+            os.close(its_output)
+        self._open = {self._writes, self._ours}
+        self._on_terminal = on_terminal
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -89,12 +87,8 @@ class Chat:
             self.process.kill()
         self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
-        if self.process.stdin is None:
-            os.close(self._ours)
+        for number in self._open:
+            os.close(number)
 
     @property
     def seen(self) -> str:
@@ -109,10 +103,11 @@ class Chat:
 
     def leave(self) -> int:
         """The end of the input, and how it ended then."""
-        if self.process.stdin is None:
+        if self._on_terminal:
             self.press(b"\x04")
         else:
-            self.process.stdin.close()
+            self._open.remove(self._writes)
+            os.close(self._writes)
         return self.end()
 
     def end(self) -> int:

@@ -151,20 +151,29 @@ def plan(server: Server, llm: ScriptedLLM) -> Waiting:
     return waiting_call(server, llm, arguments={"path": "plan.md", "content": "x"}, agent="architect")
 
 
+@pytest.fixture(scope="module")
+def database(server: Server) -> Iterator[databases.Opened]:
+    """A connection of the tests' own, which reads."""
+    with databases.reading(server.database) as opened:
+        yield opened
+
+
 @pytest.fixture
-def untouched(server: Server, llm: ScriptedLLM, live: Waiting, plan: Waiting) -> Iterator[None]:
+def untouched(
+    server: Server, llm: ScriptedLLM, live: Waiting, plan: Waiting, database: databases.Opened
+) -> Iterator[None]:
     """Whatever the test sends changes nothing that is stored and asks no model, and the server is well afterwards."""
-    before, logged = (everything(server), len(llm.requests)), len(server.log.read_bytes())
+    before, logged = (everything(database), len(llm.requests)), len(server.log.read_bytes())
     yield
     assert_healthy(server)
-    assert (everything(server), len(llm.requests)) == before
+    assert (everything(database), len(llm.requests)) == before
     approval = approval_of(server, live)
     assert (approval["status"], approval["arguments"], approval["args_hash"]) == ("pending", WRITE, live.args_hash)
     assert not re.search(b"Traceback|Error|Exception", server.log.read_bytes()[logged:])
 
 
-def everything(server: Server) -> list[list[tuple[Any, ...]]]:
-    return [databases.rows(server.database, f"SELECT * FROM {table}") for table in TABLES]  # noqa: S608
+def everything(database: databases.Opened) -> list[list[tuple[Any, ...]]]:
+    return [database.rows(f"SELECT * FROM {table}") for table in TABLES]  # noqa: S608
 
 
 def open_calls(server: Server, waiting: Waiting) -> list[dict[str, Any]]:

@@ -151,13 +151,20 @@ def assert_healthy(server: Server) -> None:
     assert time.monotonic() - started < 1
 
 
+@pytest.fixture(scope="module")
+def database(server: Server) -> Iterator[databases.Opened]:
+    """A connection of the tests' own, which reads."""
+    with databases.reading(server.database) as opened:
+        yield opened
+
+
 @pytest.fixture
-def untouched(server: Server, llm: ScriptedLLM) -> Iterator[None]:
+def untouched(server: Server, llm: ScriptedLLM, database: databases.Opened) -> Iterator[None]:
     """Whatever the test sends leaves nothing behind and asks no model, and the server is well afterwards."""
-    before = query(server, STORED), len(llm.requests)
+    before = database.rows(STORED), len(llm.requests)
     yield
     assert_healthy(server)
-    assert (query(server, STORED), len(llm.requests)) == before
+    assert (database.rows(STORED), len(llm.requests)) == before
 
 
 def assert_refused(answer: httpx.Response, *statuses: int) -> dict[str, Any]:

@@ -253,7 +253,8 @@ def a_decision_was_confirmed_and_is_not_stored(evidence: Evidence) -> None:
 
 
 def health_took_too_long(evidence: Evidence) -> None:
-    evidence.outages.append(Outage("F0", evidence.back_within + 0.1))
+    evidence.back_within = 10
+    evidence.outages.append(Outage("F0", 10.1))
 
 
 def health_never_came_back(evidence: Evidence) -> None:

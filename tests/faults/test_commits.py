@@ -7,7 +7,7 @@ from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, seed
 from tests.faults.inside import COMMITTED, CUT, REFUSED
 from tests.scripted_llm import ScriptedLLM
 
-COMMITS = 5
+COMMITS = 3
 CONVERSATIONS = 10
 
 

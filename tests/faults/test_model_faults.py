@@ -117,7 +117,7 @@ def test_whatever_a_model_does_the_session_takes_the_next_message(
     trial = Trial("F12", [hurried], llm, seed=seed())
     llm.default = Moody()
     every = [*FAILS, *LOOPS, *RECOVERS, *KEPT]
-    script = trial.chance.sample(every, len(every) if IN_FULL else 8)
+    script = trial.chance.sample(every, len(every) if IN_FULL else 6)
 
     with trial.conversations(1):
         wrong = {what: said for number, what in enumerate(script) if (said := misbehaving(trial, number, what))}

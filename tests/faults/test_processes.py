@@ -15,11 +15,11 @@ from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, passed, se
 from tests.scripted_llm import ScriptedLLM
 from tests.server import eventually
 
-TALKERS = 50 if IN_FULL else 10
-STOPS = 20 if IN_FULL else 2
-PAUSES = 10 if IN_FULL else 2
+TALKERS = 50 if IN_FULL else 5
+STOPS = 20 if IN_FULL else 1
+PAUSES = 10 if IN_FULL else 1
 PAUSE_SECONDS = 60.0 if IN_FULL else 3.0
-INTERRUPTED = 100 if IN_FULL else 20
+INTERRUPTED = 100 if IN_FULL else 10
 # What was promised of every process.
 LONGEST_STOP = 30.0
 
@@ -44,7 +44,7 @@ def test_told_to_stop_while_many_talk(server: FaultyServer, llm: ScriptedLLM, ju
     trial = Trial(f"F3 SIGTERM x {signals}", [server], llm, seed=seed())
     with trial.conversations(TALKERS):
         for _ in range(STOPS):
-            trial.some_more(trial.chance.randrange(100, 500))
+            trial.some_more(trial.chance.randrange(10 * TALKERS))
             began = time.monotonic()
             for _ in range(signals):
                 server.tell()
@@ -64,18 +64,38 @@ def test_one_of_two_is_paused_past_its_leases_and_wakes_up(
         # What was sent to the sleeper is answered when it is awake.
         patience = 2 * PAUSE_SECONDS + 30
         trial = Trial("F4", [server, other], llm, seed=seed(), timeout=patience, patience=2 * patience)
-        with trial.conversations(10):
+        with trial.conversations(10 if IN_FULL else 5):
             for _ in range(PAUSES):
-                trial.some_more(trial.chance.randrange(50, 300), patience=2 * patience)
+                trial.some_more(trial.chance.randrange(50), patience=2 * patience)
                 paused = trial.chance.choice((server, other))
-                assert paused.process is not None
-                os.kill(paused.process.pid, signal.SIGSTOP)
+                pause_in_a_turn(paused)
                 passed(PAUSE_SECONDS)
-                os.kill(paused.process.pid, signal.SIGCONT)
+                signal_to(paused, signal.SIGCONT)
                 trial.back(time.monotonic(), paused)
 
         judge(trial, PAUSES)
         assert "turn_lost" in server.log.read_text() + other.log.read_text(), "nobody woke up after its lease"
+
+
+def pause_in_a_turn(server: FaultyServer) -> None:
+    """SIGSTOP, at a moment in which it holds one."""
+    assert server.process is not None
+    runner = f"%-{server.process.pid}-%"
+    held = "SELECT count(*) FROM sessions_app_turn WHERE status = 'running' AND owner LIKE ?"
+
+    def holds_one_and_sleeps() -> bool:
+        signal_to(server, signal.SIGSTOP)
+        if databases.rows(server.database, held, runner)[0][0]:
+            return True
+        signal_to(server, signal.SIGCONT)
+        return False
+
+    eventually(holds_one_and_sleeps, seconds=60)
+
+
+def signal_to(server: FaultyServer, which: signal.Signals) -> None:
+    assert server.process is not None
+    os.kill(server.process.pid, which)
 
 
 def test_two_processes_start_together_on_interrupted_turns(

@@ -105,8 +105,14 @@ class Moody:
 
 @pytest.fixture
 def hurried(tmp_path: Path, migrated: Path, llm: ScriptedLLM) -> Iterator[FaultyServer]:
-    # Not so short that a busy machine takes the good answers for silence.
-    limits = {"LLM_FIRST_TOKEN_TIMEOUT": "3", "LLM_TOKEN_TIMEOUT": "3", "LLM_RETRIES": "1", "TURN_MAX_ROUNDS": "4"}
+    # Not so short that a busy machine takes the good answers for silence, or loses the lease of an answer without end.
+    limits = {
+        "LLM_FIRST_TOKEN_TIMEOUT": "3",
+        "LLM_TOKEN_TIMEOUT": "3",
+        "LLM_RETRIES": "1",
+        "TURN_MAX_ROUNDS": "4",
+        "TURN_LEASE_SECONDS": "10",
+    }
     with faulty(tmp_path, migrated, llm, **limits) as started:
         yield started
 

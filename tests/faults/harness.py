@@ -4,6 +4,7 @@ what is then known is checked."""
 import math
 import os
 import random
+import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -283,6 +284,26 @@ def faulty(folder: Path, migrated: Path, llm: ScriptedLLM, **settings: str) -> I
         if server.process is not None and server.process.poll() is None:
             server.kill()
         databases.drop(server.database)
+
+
+@contextmanager
+def second(server: FaultyServer, folder: Path) -> Iterator[FaultyServer]:
+    """Another process on the same database."""
+    settings = {name: server.environment[name] for name in ("LLM_BASE_URL", "LLM_API_KEY", "TURN_LEASE_SECONDS")}
+    other = FaultyServer(folder, **settings, TURN_MAX_LOSSES="1000", DATABASE_URL=server.environment["DATABASE_URL"])
+    other.database = server.database
+    other.log = folder / "other.log"
+    try:
+        yield other
+    finally:
+        other.http.close()
+        if other.process is not None and other.process.poll() is None:
+            other.kill()
+
+
+def signal_to(server: FaultyServer, which: signal.Signals) -> None:
+    assert server.process is not None
+    os.kill(server.process.pid, which)
 
 
 def _lines(file: Path) -> list[str]:

@@ -196,6 +196,11 @@ def a_call_was_started_twice(evidence: Evidence) -> None:
     evidence.events.append(started)
 
 
+def a_turn_ends_twice(evidence: Evidence) -> None:
+    end = frame(evidence, "turn_finished")
+    home(evidence, end).replay.append((end.number + 1, end.data))
+
+
 def a_call_comes_under_another_number(evidence: Evidence) -> None:
     seen = frame(evidence, "tool_call")
     evidence.facts.append(Seen(session_id=seen.session_id, stream=seen.stream, number=10**6, data=seen.data))
@@ -302,6 +307,7 @@ TAMPERINGS: list[tuple[Tampering, Callable[[Evidence], Any]]] = [
     (a_call_has_two_results, checker.calls_happen_once),
     (a_request_has_two_decisions, checker.calls_happen_once),
     (a_call_was_started_twice, checker.calls_happen_once),
+    (a_turn_ends_twice, checker.turns_end_once),
     (a_call_comes_under_another_number, checker.calls_are_told_under_one_number),
     (a_decision_is_confirmed_otherwise, checker.decisions_are_confirmed_alike),
     (a_message_is_stored_twice, checker.messages_are_stored_once),

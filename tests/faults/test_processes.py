@@ -1,17 +1,14 @@
 """F3, F4, F14: processes that are told to stop, that are paused, that start together."""
 
-import os
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests import databases
-from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, passed, seed
+from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, passed, second, seed, signal_to
 from tests.scripted_llm import ScriptedLLM
 from tests.server import eventually
 
@@ -22,21 +19,6 @@ PAUSE_SECONDS = 60.0 if IN_FULL else 3.0
 INTERRUPTED = 100 if IN_FULL else 10
 # What was promised of every process.
 LONGEST_STOP = 30.0
-
-
-@contextmanager
-def second(server: FaultyServer, folder: Path) -> Iterator[FaultyServer]:
-    """Another process on the same database."""
-    settings = {name: server.environment[name] for name in ("LLM_BASE_URL", "LLM_API_KEY", "TURN_LEASE_SECONDS")}
-    other = FaultyServer(folder, **settings, TURN_MAX_LOSSES="1000", DATABASE_URL=server.environment["DATABASE_URL"])
-    other.database = server.database
-    other.log = folder / "other.log"
-    try:
-        yield other
-    finally:
-        other.http.close()
-        if other.process is not None and other.process.poll() is None:
-            other.kill()
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -91,11 +73,6 @@ def pause_in_a_turn(server: FaultyServer) -> None:
         return False
 
     eventually(holds_one_and_sleeps, seconds=60)
-
-
-def signal_to(server: FaultyServer, which: signal.Signals) -> None:
-    assert server.process is not None
-    os.kill(server.process.pid, which)
 
 
 def test_two_processes_start_together_on_interrupted_turns(

@@ -1,7 +1,9 @@
 """F12: whatever a model does, a turn ends with a code or goes on, the session takes the next message, others go on."""
 
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.scripted_llm import (
     ScriptedLLM,
     bad_json,
     call,
+    calls,
     drop,
     empty,
     endless,
@@ -63,6 +66,7 @@ RECOVERS: dict[str, Reply] = {
     "503": status(503),
     "a drop before its text": drop(),
     "an unknown tool": call("no_such_tool"),
+    "two calls under one id": calls(call("no_such_tool", id="1"), call("no_such_tool", id="1")),
     "a tool of other agents": call("execute_command", {"command": "make"}),
     "arguments that are no JSON": call("read_file", '{"path": '),
     "arguments that do not fit": call("read_file", {"path": 7}),
@@ -76,6 +80,8 @@ KEPT: dict[str, tuple[Reply, str]] = {
 }
 
 
+# Longer than a name may be: it is looked up nowhere.
+NAMELESS = ".".join(["nowhere"] * 40)
 LOOPS = {"calls again and again": (call("no_such_tool"), "too_many_rounds")}
 NEXT = "and now?"
 
@@ -107,6 +113,7 @@ class Moody:
 def hurried(tmp_path: Path, migrated: Path, llm: ScriptedLLM) -> Iterator[FaultyServer]:
     # Not so short that a busy machine takes the good answers for silence, or loses the lease of an answer without end.
     limits = {
+        "LLM_CONNECT_TIMEOUT": "2",
         "LLM_FIRST_TOKEN_TIMEOUT": "3",
         "LLM_TOKEN_TIMEOUT": "3",
         "LLM_RETRIES": "1",
@@ -132,15 +139,38 @@ def test_whatever_a_model_does_the_session_takes_the_next_message(
     assert wrong == {}, f"seed {trial.seed}"
 
 
-def test_a_model_that_is_gone_and_comes_back(hurried: FaultyServer, llm: ScriptedLLM) -> None:
+def test_a_model_that_is_gone_and_comes_back(hurried: FaultyServer, llm: ScriptedLLM, judge: Judge) -> None:
+    trial = Trial("F12 gone", [hurried], llm, seed=seed())
+    llm.default = say("Here again.")
     llm.stop()
-
-    gone = hurried.say("s", "hello", agent_type=AGENT)
+    refused = said(trial, "s", "Are you there?")
+    with deaf(llm.port):
+        unanswered = said(trial, "s", "And now?")
     llm.start()
-    back = hurried.say("s", NEXT)
+    back = said(trial, "s", "At last?")
 
-    assert gone[-2].data["code"] == "model_unreachable"
+    judge(trial, 2)
+    assert [frames[-2].data["code"] for frames in (refused, unanswered)] == ["model_unreachable"] * 2
     assert back[-2].data["status"] == "completed"
+
+
+def test_a_host_name_that_does_not_resolve(tmp_path: Path, migrated: Path, llm: ScriptedLLM, judge: Judge) -> None:
+    with faulty(tmp_path, migrated, llm, LLM_BASE_URL=f"http://{NAMELESS}/v1", LLM_RETRIES="1") as server:
+        trial = Trial("F12 name", [server], llm, seed=seed())
+        frames = said(trial, "s", "Are you there?")
+
+        judge(trial, 1)
+        assert frames[-2].data["code"] == "model_unreachable"
+
+
+@contextmanager
+def deaf(port: int) -> Iterator[None]:
+    """Somebody listens there and never takes a connection; those that wait to be taken are as many as may."""
+    with socket.create_server(("127.0.0.1", port), backlog=0), ExitStack() as waiting:
+        with suppress(TimeoutError):
+            while True:
+                waiting.enter_context(socket.create_connection(("127.0.0.1", port), timeout=0.5))
+        yield
 
 
 def misbehaving(trial: Trial, number: int, what: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import psycopg
+import pytest
 
 from tests import databases
 from tests.faults import talker
@@ -34,6 +35,8 @@ from tests.server import KEY, Server, eventually
 # `make faults` runs everything in full; otherwise a few tries of each fault, beside other tests on a busy machine: what
 # is promised of times is judged in full alone.
 IN_FULL = os.environ.get("FAULTS") == "full"
+# A module whose faults are not of the database: in short they are tried on one.
+ON_ONE_DATABASE = [] if IN_FULL else [pytest.mark.sqlite]
 # How long a trial in full may go on trying; what it did not come to is missing from its tries.
 MOST_SECONDS = float(os.environ.get("FAULT_SECONDS", "inf"))
 LLM_KEY = "key-of-the-model-which-nobody-may-read"

@@ -16,6 +16,8 @@ from tests.scripted_llm import ScriptedLLM
 
 Tampering = Callable[[Evidence], None]
 
+pytestmark = pytest.mark.sqlite
+
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Evidence:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 import httpx
 
 from tests.databases import ON_POSTGRESQL
-from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, seed
+from tests.faults.harness import IN_FULL, ON_ONE_DATABASE, FaultyServer, Judge, Trial, seed
 from tests.faults.record import Said
 from tests.faults.talker import AGENT
 from tests.scaled import connections
 from tests.scripted_llm import ScriptedLLM, say
 from tests.server import AUTH, parse_frames
+
+pytestmark = ON_ONE_DATABASE
 
 READERS = 500 if IN_FULL else 40
 SESSIONS = 50 if IN_FULL else 10

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, faulty, seed
+from tests.faults.harness import IN_FULL, ON_ONE_DATABASE, FaultyServer, Judge, Trial, faulty, seed
 from tests.faults.record import Said
 from tests.faults.talker import AGENT, READ, agent
 from tests.scripted_llm import (
@@ -30,6 +30,8 @@ from tests.scripted_llm import (
     status,
 )
 from tests.server import Frame
+
+pytestmark = ON_ONE_DATABASE
 
 TEXT = b'data: {"choices": [{"index": 0, "delta": {"content": "%s"}, "finish_reason": null}]}\n\n'
 END = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'

@@ -14,6 +14,8 @@ from tests.faults.harness import FaultyServer, Trial, faulty, message, second, s
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
 from tests.server import until
 
+pytestmark = pytest.mark.sqlite
+
 WithBug = Callable[[Callable[[], None]], AbstractContextManager[FaultyServer]]
 
 

@@ -23,7 +23,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 THREADS = 4
-_writers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-write")
+# SQLite lets one writer in at a time, and in no order: of several threads one may lose the lock to the others.
+WRITERS = 1 if connection.vendor == "sqlite" else THREADS
+_writers = ThreadPoolExecutor(max_workers=WRITERS, thread_name_prefix="database-write")
 # SQLite's readers wait for nobody; in one queue with the writers they would wait for their lock.
 _readers = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="database-read")
 # What must not be late stands behind nothing else.
@@ -109,7 +111,7 @@ def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., A
 
 def close_threads() -> None:
     """At the end of the process: every thread closes its connection; the last one folds SQLite's log into its file."""
-    for executor, number in ((_readers, THREADS), (_writers, THREADS), (_keeper, 1)):
+    for executor, number in ((_readers, THREADS), (_writers, WRITERS), (_keeper, 1)):
         together = threading.Barrier(number)
         for closing in [executor.submit(_close, together) for _ in range(number)]:
             closing.result()

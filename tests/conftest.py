@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, sync_playwright
 from orchestrator_site.local_services import Redis, find
 from tests import databases, scaled
 from tests.databases import ON_POSTGRESQL
+from tests.faults import table
 from tests.scripted_llm import ScriptedLLM
 from tests.server import Server, eventually, running
 
@@ -171,11 +172,12 @@ NEEDS = {
     "nginx": ("an installed nginx", find("nginx") is None),
     "sqlite": ("SQLite as its database (`make test`)", ON_POSTGRESQL),
     "postgresql": ("PostgreSQL as its database (`make test-postgres`)", not ON_POSTGRESQL),
-    "faults": ("a run of their own (`make faults`, or FAULTS=short)", "FAULTS" not in os.environ),
 }
 INSTALLED_ON_CI = {"browser", "redis", "nginx"}
 # How many tests each marker left out; with xdist what the workers counted, the same each.
 left_out: dict[str, int] = {}
+# The trials of faults, each with its seed; with xdist those of all workers.
+trials: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -219,18 +221,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    trials.extend(row.summary for row in table.judged)
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left_out"] = left_out
+        session.config.workeroutput["trials"] = trials
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+    told = getattr(node, "workeroutput", {})
+    left_out.update(told.get("left_out", {}))
+    trials.extend(told.get("trials", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for marker, number in left_out.items():
         terminalreporter.write_line(f"{number} tests were left out: they need {NEEDS[marker][0]}.")
+    for trial in trials:
+        terminalreporter.write_line(trial)
 
 
 # --- A real browser ------------------------------------------------------------------------------------------------

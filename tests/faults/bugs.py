@@ -32,6 +32,25 @@ def gives_numbers_that_it_has_not_reserved() -> None:
     SessionQuerySet.reserve_numbers = reserve_numbers  # type: ignore[method-assign]
 
 
+def lets_who_slept_write() -> None:
+    """I3: a runner's writes count whoever holds the turn, however long ago its own lease ran out."""
+    from events_app import log
+    from events_app.models import StreamBatch
+    from messages_app import claims
+    from sessions_app.models import Turn
+
+    def mine(claim: Any) -> Any:
+        return Turn.objects.filter(pk=claim.turn_id)
+
+    def write_batches(owner: str, parts: Any) -> Any:
+        batches = [log.batch_of(part.claim.session_id, part.frames) for part in parts]
+        StreamBatch.objects.bulk_create(batches, ignore_conflicts=True)
+        return {part.claim.turn_id: None for part in parts}
+
+    Turn.mine = mine  # type: ignore[method-assign]
+    claims.write_batches = write_batches
+
+
 def forgets_the_audit_entry() -> None:
     """I6"""
     from events_app import log

@@ -166,6 +166,16 @@ def calls_happen_once(evidence: Evidence) -> Iterator[str]:
     yield from (f"{call_id} has {times} times: {what}" for (call_id, what), times in happened.items() if times > 1)
 
 
+def turns_end_once(evidence: Evidence) -> Iterator[str]:
+    ended = Counter(
+        data["turn_id"]
+        for now in evidence.sessions.values()
+        for _, data in now.replay
+        if data.get("type") == "turn_finished"
+    )
+    yield from (f"turn {turn_id} ended {times} times" for turn_id, times in ended.items() if times > 1)
+
+
 def calls_are_told_under_one_number(evidence: Evidence) -> Iterator[str]:
     numbers: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for seen in _of(evidence, Seen):
@@ -271,6 +281,7 @@ INVARIANTS: list[tuple[str, Callable[[Evidence], Iterable[str]]]] = [
     ("I2", numbers_increase),
     ("I2", numbers_are_used_once),
     ("I3", calls_happen_once),
+    ("I3", turns_end_once),
     ("I3", calls_are_told_under_one_number),
     ("I3", decisions_are_confirmed_alike),
     ("I3", messages_are_stored_once),

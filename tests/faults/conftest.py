@@ -5,18 +5,7 @@ import pytest
 
 from tests.faults import table
 from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, faulty
-from tests.faults.table import Row
 from tests.scripted_llm import ScriptedLLM
-
-rows: list[Row] = []
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.parent == here and item.path.name != "test_checker.py":
-            item.add_marker("faults")
 
 
 @pytest.fixture
@@ -32,8 +21,7 @@ def judge() -> Judge:
 
     def judge(trial: Trial, tries: int) -> None:
         judged = trial.judged(tries)
-        rows.append(judged.row)
-        print(judged.row.line)  # noqa: T201 (the seed, when the test fails)
+        table.judged.append(judged.row)
         said = "\n".join(map(str, judged.complaints[:20]))
         assert judged.complaints == [], f"{trial.fault}, seed {trial.seed}:\n{said}"
 
@@ -41,5 +29,5 @@ def judge() -> Judge:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if IN_FULL and rows:
-        table.write(rows)
+    if IN_FULL and table.judged:
+        table.write(table.judged)

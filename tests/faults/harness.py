@@ -1,8 +1,10 @@
 """One fault against one installation: sessions are driven, something goes wrong, it is mended, all comes to rest, and
 what is then known is checked."""
 
+import math
 import os
 import random
+import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from typing import Any
 
 import httpx
 import psycopg
+import pytest
 
 from tests import databases
 from tests.faults import talker
@@ -29,16 +32,20 @@ from tests.faults.talker import CANARY, Talker
 from tests.scripted_llm import ScriptedLLM
 from tests.server import KEY, Server, eventually
 
-# `make faults` runs everything in full; otherwise a few tries of each fault.
+# `make faults` runs everything in full; otherwise a few tries of each fault, beside other tests on a busy machine: what
+# is promised of times is judged in full alone.
 IN_FULL = os.environ.get("FAULTS") == "full"
+# A module whose faults are not of the database: in short they are tried on one.
+ON_ONE_DATABASE = [] if IN_FULL else [pytest.mark.sqlite]
 # How long a trial in full may go on trying; what it did not come to is missing from its tries.
 MOST_SECONDS = float(os.environ.get("FAULT_SECONDS", "inf"))
 LLM_KEY = "key-of-the-model-which-nobody-may-read"
 DATABASE_PASSWORD = "password-of-the-database"
 # A turn whose owner is dead is taken over within this.
 TAKEOVER_SECONDS = 30.0
-# How soon a server is to be ready again, a start of its process included; beside other tests a start takes longer.
-BACK_WITHIN_SECONDS = 10.0 if IN_FULL else 30.0
+# How soon a server is to be ready again, a start of its process included; and when it counts as gone for good.
+BACK_WITHIN_SECONDS = 10.0 if IN_FULL else math.inf
+GONE_SECONDS = 60.0
 # How many messages are said in a session before the next one is begun.
 MESSAGES = 3
 
@@ -84,6 +91,7 @@ class Trial:
         self._talkers: list[Talker] = []
         llm.default = talker.agent
         llm.route_to = talker.AGENT
+        print(f"{fault}: FAULT_SEED={seed}")  # noqa: T201 (shown with a test that fails before it is judged)
 
     @property
     def server(self) -> Server:
@@ -110,7 +118,7 @@ class Trial:
     def back(self, since: float, server: Server | None = None) -> None:
         """The fault ended then: from now on the server has to be well again soon."""
         asked = server or self.server
-        while (took := time.monotonic() - since) < 2 * BACK_WITHIN_SECONDS:
+        while (took := time.monotonic() - since) < GONE_SECONDS:
             try:
                 if asked.http.get("/readyz").status_code == 200:
                     self.outages.append(Outage(self.fault, took))
@@ -279,6 +287,26 @@ def faulty(folder: Path, migrated: Path, llm: ScriptedLLM, **settings: str) -> I
         if server.process is not None and server.process.poll() is None:
             server.kill()
         databases.drop(server.database)
+
+
+@contextmanager
+def second(server: FaultyServer, folder: Path) -> Iterator[FaultyServer]:
+    """Another process on the same database."""
+    settings = {name: server.environment[name] for name in ("LLM_BASE_URL", "LLM_API_KEY", "TURN_LEASE_SECONDS")}
+    other = FaultyServer(folder, **settings, TURN_MAX_LOSSES="1000", DATABASE_URL=server.environment["DATABASE_URL"])
+    other.database = server.database
+    other.log = folder / "other.log"
+    try:
+        yield other
+    finally:
+        other.http.close()
+        if other.process is not None and other.process.poll() is None:
+            other.kill()
+
+
+def signal_to(server: FaultyServer, which: signal.Signals) -> None:
+    assert server.process is not None
+    os.kill(server.process.pid, which)
 
 
 def _lines(file: Path) -> list[str]:

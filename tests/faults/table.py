@@ -1,4 +1,4 @@
-"""What the full run found, as the table of docs/faults.md."""
+"""What the trials of a run found: a line each at its end, and of a full run the table of docs/faults.md."""
 
 import re
 from collections.abc import Sequence
@@ -35,8 +35,16 @@ class Row:
         return cls(fault, database, tries, lost, doubled, stuck, other, seed, round(seconds))
 
     @property
+    def summary(self) -> str:
+        return f"{self.fault} on {self.database}: {self.tries} tries in {self.seconds} s, FAULT_SEED={self.seed}"
+
+    @property
     def line(self) -> str:
         return f"| {' | '.join(map(str, astuple(self)))} |\n"
+
+
+# The trials that this process has judged.
+judged: list[Row] = []
 
 
 def write(rows: Sequence[Row], page: Path = PAGE) -> None:

@@ -16,6 +16,8 @@ from tests.scripted_llm import ScriptedLLM
 
 Tampering = Callable[[Evidence], None]
 
+pytestmark = pytest.mark.sqlite
+
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Evidence:
@@ -196,6 +198,11 @@ def a_call_was_started_twice(evidence: Evidence) -> None:
     evidence.events.append(started)
 
 
+def a_turn_ends_twice(evidence: Evidence) -> None:
+    end = frame(evidence, "turn_finished")
+    home(evidence, end).replay.append((end.number + 1, end.data))
+
+
 def a_call_comes_under_another_number(evidence: Evidence) -> None:
     seen = frame(evidence, "tool_call")
     evidence.facts.append(Seen(session_id=seen.session_id, stream=seen.stream, number=10**6, data=seen.data))
@@ -253,7 +260,8 @@ def a_decision_was_confirmed_and_is_not_stored(evidence: Evidence) -> None:
 
 
 def health_took_too_long(evidence: Evidence) -> None:
-    evidence.outages.append(Outage("F0", evidence.back_within + 0.1))
+    evidence.back_within = 10
+    evidence.outages.append(Outage("F0", 10.1))
 
 
 def health_never_came_back(evidence: Evidence) -> None:
@@ -301,6 +309,7 @@ TAMPERINGS: list[tuple[Tampering, Callable[[Evidence], Any]]] = [
     (a_call_has_two_results, checker.calls_happen_once),
     (a_request_has_two_decisions, checker.calls_happen_once),
     (a_call_was_started_twice, checker.calls_happen_once),
+    (a_turn_ends_twice, checker.turns_end_once),
     (a_call_comes_under_another_number, checker.calls_are_told_under_one_number),
     (a_decision_is_confirmed_otherwise, checker.decisions_are_confirmed_alike),
     (a_message_is_stored_twice, checker.messages_are_stored_once),

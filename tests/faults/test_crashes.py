@@ -4,10 +4,10 @@ from tests.faults.conversation import NEVER, killed_at
 from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, seed
 from tests.scripted_llm import ScriptedLLM
 
-POINTS = 6
+POINTS = 4
 CONVERSATIONS = 10
-KILLS = 200 if IN_FULL else 4
-TALKERS = 20
+KILLS = 200 if IN_FULL else 2
+TALKERS = 20 if IN_FULL else 8
 
 
 def test_killed_at_every_point_of_a_conversation(server: FaultyServer, llm: ScriptedLLM, judge: Judge) -> None:
@@ -34,7 +34,7 @@ def test_killed_at_every_point_of_a_conversation(server: FaultyServer, llm: Scri
         assert missed == set(), f"nobody died here: {missed}"
 
 
-def test_killed_at_random_moments_while_twenty_talk(server: FaultyServer, llm: ScriptedLLM, judge: Judge) -> None:
+def test_killed_at_random_moments_while_many_talk(server: FaultyServer, llm: ScriptedLLM, judge: Judge) -> None:
     trial = Trial("F1b", [server], llm, seed=seed())
     with trial.conversations(TALKERS):
         kills = 0

@@ -16,16 +16,29 @@ from tests.faults.harness import IN_FULL, SETTINGS, FaultyServer, Judge, Trial, 
 from tests.faults.record import Answered
 from tests.scripted_llm import ScriptedLLM
 
-TALKERS = 50 if IN_FULL else 10
-RESTARTS = 60 if IN_FULL else 3
-BETWEEN = (5.0, 20.0) if IN_FULL else (1.0, 3.0)
-DOWN_SECONDS = 120.0 if IN_FULL else 6.0
-# A request that gets no database is refused within this; beside other tests it may take a little longer.
-REFUSED_WITHIN = 10.0 if IN_FULL else 15.0
+TALKERS = 50 if IN_FULL else 5
+RESTARTS = 60 if IN_FULL else 2
+BETWEEN = (5.0, 20.0) if IN_FULL else (0.5, 1.5)
+# At least, and until a request was refused.
+DOWN_SECONDS = 120.0 if IN_FULL else 4.0
+LOCKED_SECONDS = 30.0 if IN_FULL else 4.0
+REFUSED_WITHIN = 10.0
 
 
 def refusals(trial: Trial) -> list[Answered]:
-    return [answer for answer in trial.record.of(Answered) if answer.status == 503]
+    """In full they have to come in time."""
+    refused = [answer for answer in trial.record.of(Answered) if answer.status == 503]
+    if IN_FULL:
+        assert max((answer.took for answer in refused), default=0) < REFUSED_WITHIN
+    return refused
+
+
+def away(trial: Trial, seconds: float) -> None:
+    """So long nobody can write, and who asks for it is told to come back."""
+    began = time.monotonic()
+    answer = trial.server.http.post("/sessions")
+    assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+    passed(max(seconds - (time.monotonic() - began), 0))
 
 
 # --- SQLite: another program writes and does not end ----------------------------------------------------------------
@@ -34,10 +47,10 @@ def refusals(trial: Trial) -> list[Answered]:
 @pytest.mark.sqlite
 def test_a_lock_of_three_seconds_is_waited_for(server: FaultyServer, llm: ScriptedLLM, judge: Judge) -> None:
     trial = Trial("F9 3 s", [server], llm, seed=seed())
-    locks = 10 if IN_FULL else 2
+    locks = 10 if IN_FULL else 1
     with trial.conversations(TALKERS):
         for _ in range(locks):
-            trial.some_more(trial.chance.randrange(50, 500))
+            trial.some_more(trial.chance.randrange(10 * TALKERS))
             with databases.locked(server.database, "sessions_app_session"):
                 passed(3)
             trial.back(time.monotonic())
@@ -51,15 +64,14 @@ def test_a_lock_of_three_seconds_is_waited_for(server: FaultyServer, llm: Script
 def test_a_lock_of_thirty_seconds_is_refused_within_ten(server: FaultyServer, llm: ScriptedLLM, judge: Judge) -> None:
     trial = Trial("F9 30 s", [server], llm, seed=seed())
     with trial.conversations(TALKERS):
-        trial.some_more(trial.chance.randrange(50, 500))
+        trial.some_more(trial.chance.randrange(10 * TALKERS))
         with databases.locked(server.database, "sessions_app_session"):
-            passed(30 if IN_FULL else 10)
+            away(trial, LOCKED_SECONDS)
         trial.back(time.monotonic())
-        trial.some_more(10 * TALKERS)
+        trial.some_more(TALKERS)
 
     judge(trial, 1)
-    assert refusals(trial) != []
-    assert max(answer.took for answer in refusals(trial)) < REFUSED_WITHIN
+    refusals(trial)
     assert not any("locked" in str(seen) for seen in trial.record.facts)
 
 
@@ -108,7 +120,7 @@ def test_postgresql_is_restarted_again_and_again(
             trial.back(began)
 
     judge(trial, RESTARTS)
-    assert max((answer.took for answer in refusals(trial)), default=0) < REFUSED_WITHIN
+    refusals(trial)
 
 
 @pytest.mark.postgresql
@@ -117,14 +129,13 @@ def test_postgresql_is_down_for_long(
 ) -> None:
     trial = Trial("F5 down", [elsewhere], llm, seed=seed())
     with trial.conversations(TALKERS):
-        trial.some_more(20 * TALKERS)
+        trial.some_more(10 * TALKERS)
         cluster.stop(signal.SIGQUIT)
-        passed(DOWN_SECONDS)
+        away(trial, DOWN_SECONDS)
         began = time.monotonic()
         cluster.start()
         trial.back(began)
-        trial.some_more(10 * TALKERS)
+        trial.some_more(TALKERS)
 
     judge(trial, 1)
-    assert refusals(trial) != []
-    assert max(answer.took for answer in refusals(trial)) < REFUSED_WITHIN
+    refusals(trial)

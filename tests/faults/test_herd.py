@@ -9,15 +9,17 @@ from collections.abc import Callable
 import httpx
 
 from tests.databases import ON_POSTGRESQL
-from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, seed
+from tests.faults.harness import IN_FULL, ON_ONE_DATABASE, FaultyServer, Judge, Trial, seed
 from tests.faults.record import Said
 from tests.faults.talker import AGENT
 from tests.scaled import connections
 from tests.scripted_llm import ScriptedLLM, say
 from tests.server import AUTH, parse_frames
 
-READERS = 500 if IN_FULL else 100
-SESSIONS = 50
+pytestmark = ON_ONE_DATABASE
+
+READERS = 500 if IN_FULL else 40
+SESSIONS = 50 if IN_FULL else 10
 ALL_BACK_SECONDS = 30.0
 HEALTHY_WITHIN = 1.0
 # What browsers wait when nobody has told them how long.
@@ -34,8 +36,9 @@ def test_all_readers_of_a_killed_server_come_back(server: FaultyServer, llm: Scr
     slowest, took = asyncio.run(Herd(trial).cut_and_back())
 
     judge(trial, READERS)
-    assert took < ALL_BACK_SECONDS
-    assert slowest < HEALTHY_WITHIN
+    if IN_FULL:
+        assert took < ALL_BACK_SECONDS
+        assert slowest < HEALTHY_WITHIN
 
 
 def said(trial: Trial, session_id: str, content: str) -> None:

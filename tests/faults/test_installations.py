@@ -18,11 +18,11 @@ from tests.server import Server
 
 pytestmark = [pytest.mark.postgresql, pytest.mark.redis]
 
-TALKERS = 24
+TALKERS = 24 if IN_FULL else 6
 ROUNDS = 6 if IN_FULL else 1
-RESTART_SECONDS = 10.0 if IN_FULL else 5.0
+RESTART_SECONDS = 10.0 if IN_FULL else 1.0
 # Redis is silent, gone, forgetful, each for so long.
-AWAY_SECONDS = 20.0 if IN_FULL else 3.0
+AWAY_SECONDS = 20.0 if IN_FULL else 2.0
 
 
 @pytest.fixture
@@ -98,6 +98,6 @@ def test_redis_is_slow_silent_flushed_cut_off_and_gone(
             passed(AWAY_SECONDS)
             redis.start()
             process = redis.process
-            trial.some_more(10 * TALKERS)
+            trial.some_more(5 * TALKERS)
 
     judge(trial, 5 * ROUNDS)

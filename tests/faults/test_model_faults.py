@@ -1,13 +1,15 @@
 """F12: whatever a model does, a turn ends with a code or goes on, the session takes the next message, others go on."""
 
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, faulty, seed
+from tests.faults.harness import IN_FULL, ON_ONE_DATABASE, FaultyServer, Judge, Trial, faulty, seed
 from tests.faults.record import Said
 from tests.faults.talker import AGENT, READ, agent
 from tests.scripted_llm import (
@@ -15,6 +17,7 @@ from tests.scripted_llm import (
     ScriptedLLM,
     bad_json,
     call,
+    calls,
     drop,
     empty,
     endless,
@@ -27,6 +30,8 @@ from tests.scripted_llm import (
     status,
 )
 from tests.server import Frame
+
+pytestmark = ON_ONE_DATABASE
 
 TEXT = b'data: {"choices": [{"index": 0, "delta": {"content": "%s"}, "finish_reason": null}]}\n\n'
 END = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
@@ -63,6 +68,7 @@ RECOVERS: dict[str, Reply] = {
     "503": status(503),
     "a drop before its text": drop(),
     "an unknown tool": call("no_such_tool"),
+    "two calls under one id": calls(call("no_such_tool", id="1"), call("no_such_tool", id="1")),
     "a tool of other agents": call("execute_command", {"command": "make"}),
     "arguments that are no JSON": call("read_file", '{"path": '),
     "arguments that do not fit": call("read_file", {"path": 7}),
@@ -76,6 +82,8 @@ KEPT: dict[str, tuple[Reply, str]] = {
 }
 
 
+# Longer than a name may be: it is looked up nowhere.
+NAMELESS = ".".join(["nowhere"] * 40)
 LOOPS = {"calls again and again": (call("no_such_tool"), "too_many_rounds")}
 NEXT = "and now?"
 
@@ -105,8 +113,15 @@ class Moody:
 
 @pytest.fixture
 def hurried(tmp_path: Path, migrated: Path, llm: ScriptedLLM) -> Iterator[FaultyServer]:
-    # Not so short that a busy machine takes the good answers for silence.
-    limits = {"LLM_FIRST_TOKEN_TIMEOUT": "3", "LLM_TOKEN_TIMEOUT": "3", "LLM_RETRIES": "1", "TURN_MAX_ROUNDS": "4"}
+    # Not so short that a busy machine takes the good answers for silence, or loses the lease of an answer without end.
+    limits = {
+        "LLM_CONNECT_TIMEOUT": "2",
+        "LLM_FIRST_TOKEN_TIMEOUT": "3",
+        "LLM_TOKEN_TIMEOUT": "3",
+        "LLM_RETRIES": "1",
+        "TURN_MAX_ROUNDS": "4",
+        "TURN_LEASE_SECONDS": "10",
+    }
     with faulty(tmp_path, migrated, llm, **limits) as started:
         yield started
 
@@ -117,7 +132,7 @@ def test_whatever_a_model_does_the_session_takes_the_next_message(
     trial = Trial("F12", [hurried], llm, seed=seed())
     llm.default = Moody()
     every = [*FAILS, *LOOPS, *RECOVERS, *KEPT]
-    script = trial.chance.sample(every, len(every) if IN_FULL else 8)
+    script = trial.chance.sample(every, len(every) if IN_FULL else 6)
 
     with trial.conversations(1):
         wrong = {what: said for number, what in enumerate(script) if (said := misbehaving(trial, number, what))}
@@ -126,15 +141,38 @@ def test_whatever_a_model_does_the_session_takes_the_next_message(
     assert wrong == {}, f"seed {trial.seed}"
 
 
-def test_a_model_that_is_gone_and_comes_back(hurried: FaultyServer, llm: ScriptedLLM) -> None:
+def test_a_model_that_is_gone_and_comes_back(hurried: FaultyServer, llm: ScriptedLLM, judge: Judge) -> None:
+    trial = Trial("F12 gone", [hurried], llm, seed=seed())
+    llm.default = say("Here again.")
     llm.stop()
-
-    gone = hurried.say("s", "hello", agent_type=AGENT)
+    refused = said(trial, "s", "Are you there?")
+    with deaf(llm.port):
+        unanswered = said(trial, "s", "And now?")
     llm.start()
-    back = hurried.say("s", NEXT)
+    back = said(trial, "s", "At last?")
 
-    assert gone[-2].data["code"] == "model_unreachable"
+    judge(trial, 2)
+    assert [frames[-2].data["code"] for frames in (refused, unanswered)] == ["model_unreachable"] * 2
     assert back[-2].data["status"] == "completed"
+
+
+def test_a_host_name_that_does_not_resolve(tmp_path: Path, migrated: Path, llm: ScriptedLLM, judge: Judge) -> None:
+    with faulty(tmp_path, migrated, llm, LLM_BASE_URL=f"http://{NAMELESS}/v1", LLM_RETRIES="1") as server:
+        trial = Trial("F12 name", [server], llm, seed=seed())
+        frames = said(trial, "s", "Are you there?")
+
+        judge(trial, 1)
+        assert frames[-2].data["code"] == "model_unreachable"
+
+
+@contextmanager
+def deaf(port: int) -> Iterator[None]:
+    """Somebody listens there and never takes a connection; those that wait to be taken are as many as may."""
+    with socket.create_server(("127.0.0.1", port), backlog=0), ExitStack() as waiting:
+        with suppress(TimeoutError):
+            while True:
+                waiting.enter_context(socket.create_connection(("127.0.0.1", port), timeout=0.5))
+        yield
 
 
 def misbehaving(trial: Trial, number: int, what: str) -> str:

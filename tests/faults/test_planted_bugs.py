@@ -1,5 +1,6 @@
 """Bugs planted in a running server are found from end to end: driven, killed, checked."""
 
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,8 +10,11 @@ import pytest
 from tests.faults import bugs
 from tests.faults.checker import check
 from tests.faults.conversation import have_a_conversation, killed_at
-from tests.faults.harness import FaultyServer, Trial, faulty
-from tests.scripted_llm import ScriptedLLM
+from tests.faults.harness import FaultyServer, Trial, faulty, message, second, signal_to
+from tests.scripted_llm import Gate, ScriptedLLM, hold, say
+from tests.server import until
+
+pytestmark = pytest.mark.sqlite
 
 WithBug = Callable[[Callable[[], None]], AbstractContextManager[FaultyServer]]
 
@@ -18,6 +22,11 @@ WithBug = Callable[[Callable[[], None]], AbstractContextManager[FaultyServer]]
 @pytest.fixture
 def with_bug(tmp_path: Path, migrated: Path, llm: ScriptedLLM) -> WithBug:
     return lambda bug: faulty(tmp_path, migrated, llm, PLANTED_BUG=bug.__name__)
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
 
 
 def found(trial: Trial) -> set[str]:
@@ -50,10 +59,34 @@ def test_an_answer_that_begins_before_the_message_is_stored(with_bug: WithBug, l
         assert "I1" in found(trial)
 
 
-def test_numbers_that_are_given_again_by_who_takes_over(with_bug: WithBug, llm: ScriptedLLM) -> None:
+def test_numbers_that_are_given_again_by_who_takes_over(with_bug: WithBug, llm: ScriptedLLM, gate: Gate) -> None:
     with with_bug(bugs.gives_numbers_that_it_has_not_reserved) as server:
-        # Whoever reads on waits for numbers beyond those that it has seen.
-        trial = Trial("F1a", [server], llm, timeout=2, patience=4)
-        killed_at(trial, server, 60)
+        trial = Trial("F1a", [server], llm)
+        llm.default = hold("Half a ", "sentence.", gate=gate)
+        with server.streaming({"type": "user_message", **message(0)}, "s") as frames:
+            trial.record.saw("s", until(frames, "assistant_message"))
+            server.kill()
+        gate.open()
+        trial.restart()
 
         assert "I2" in found(trial)
+
+
+def test_a_paused_runner_whose_writes_count_when_it_wakes_up(
+    with_bug: WithBug, llm: ScriptedLLM, gate: Gate, tmp_path: Path
+) -> None:
+    with with_bug(bugs.lets_who_slept_write) as sleeper, second(sleeper, tmp_path) as other:
+        other.start()
+        trial = Trial("F4", [other, sleeper], llm)
+        replies = iter([hold("From the ", "sleeper.", gate=gate)])
+        llm.default = lambda _: next(replies, say("From the other one."))
+        with sleeper.streaming({"type": "user_message", **message(1)}, "s") as frames:
+            seen = until(frames, "assistant_message")
+            signal_to(sleeper, signal.SIGSTOP)
+            with other.following("s") as followed:
+                until(followed, "turn_finished")
+            signal_to(sleeper, signal.SIGCONT)
+            gate.open()
+            trial.record.saw("s", [*seen, *until(frames, "turn_finished")])
+
+        assert "I3" in found(trial)

@@ -1,12 +1,16 @@
 """What is registered, and what its rows, pages and rules make of it; within this process."""
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.contrib.admin.utils import quote
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
+from django.core.management.sql import emit_post_migrate_signal
 from django.test import Client
 from django.urls import reverse
 
@@ -14,10 +18,14 @@ from agents_app import server_tools, tools
 from agents_app.models import Agent, Tool
 from agents_app.server_tools import ServerCall, server_tool
 from events_app.models import AuditEntry, Event
-from messages_app import steps
+from messages_app import acceptance, steps
+from messages_app.acceptance import Refused
+from messages_app.inbound import ToolResult
+from messages_app.turn_stream import TurnStream
 from sessions_app import unanswered
 from sessions_app.models import CallMoved, Session, ToolCall, Turn
 from tests.factories import (
+    CALLER,
     OPERATOR,
     act,
     claim,
@@ -37,12 +45,13 @@ SCHEMA: dict[str, Any] = {"type": "object", "properties": {"to": {"type": "strin
 
 @pytest.fixture(autouse=True)
 def pay() -> Iterator[None]:
-    """A tool that may not be repeated, with its row, which the coder may use."""
+    """A tool that may not be repeated and one that may, with their rows, which the coder may use."""
     before = dict(server_tools.registered)
     server_tool("pay", description="Pay somebody.", parameters=SCHEMA, is_repeatable=False, deadline_seconds=30)(paying)
+    server_tool("look_up", description="Look somebody up.", parameters=SCHEMA)(paying)
     tools.follow_registry()
     coder = Agent.objects.get(pk="coder")
-    Agent.objects.filter(pk="coder").update(allowed_tools=[*coder.allowed_tools, "pay"])
+    Agent.objects.filter(pk="coder").update(allowed_tools=[*coder.allowed_tools, "pay", "look_up"])
     yield
     server_tools.registered.clear()
     server_tools.registered.update(before)
@@ -65,6 +74,12 @@ def make_doubtful(session_id: str = "s", to: str = "Ann") -> ToolCall:
     run(turn).write(lambda step: steps.begin(step, again, 0))
     assert again == []
     return turn.calls.get()
+
+
+def executed(run: server_tools.Run) -> tuple[str, ToolCall.Outcome]:
+    """What the model reads of a tool that does this."""
+    server_tool("odd", description="", parameters={})(run)
+    return asyncio.run(server_tools.execute(ServerCall("call_1", "odd", {}, "coder", "s", "t", 1, 5)))
 
 
 def page_of(call: ToolCall) -> str:
@@ -103,6 +118,25 @@ def test_a_schema_that_cannot_be_used_stops_the_migration() -> None:
         tools.follow_registry()
 
 
+@pytest.mark.parametrize("error", [SystemExit(1), asyncio.CancelledError(), StopIteration()])
+@pytest.mark.parametrize("on_thread", [True, False])
+def test_what_would_end_more_than_the_tool_is_a_failure_like_any_other(error: BaseException, on_thread: bool) -> None:
+    def fail(call: ServerCall) -> None:
+        raise error
+
+    async def fail_too(call: ServerCall) -> None:
+        raise error
+
+    assert executed(fail if on_thread else fail_too) == ("Error: odd failed on the server.", "error")
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process_from_ending() -> None:
+    def look(call: ServerCall) -> bool:
+        return threading.current_thread().daemon
+
+    assert executed(look) == ("true", "ok")
+
+
 # --- Its row ---
 
 
@@ -121,6 +155,14 @@ def test_migrating_makes_the_row_and_keeps_what_admins_may_change() -> None:
 
     row.refresh_from_db()
     assert (row.deadline_seconds, row.position, row.version) == (5, 3, 1)
+
+
+def test_flushing_the_database_makes_the_row_as_well() -> None:
+    Tool.objects.filter(pk="pay").delete()
+
+    emit_post_migrate_signal(verbosity=0, interactive=False, db="default")  # what `flush` ends with
+
+    assert Tool.objects.get(pk="pay").on_server
 
 
 def test_another_schema_in_the_code_is_another_version() -> None:
@@ -261,6 +303,62 @@ def test_arguments_that_somebody_changed_are_not_executed() -> None:
 
     with pytest.raises(steps.ArgumentsTampered):
         running.write(lambda step: steps.begin(step, [], 0))
+
+
+def test_a_client_s_no_comes_too_late_for_what_the_server_executes() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}))
+    call = turn.calls.get()
+    running.write(lambda step: steps.begin(step, [], 0))
+
+    with pytest.raises(Refused) as refused:
+        acceptance.tool_result(ToolResult("s", call.pk, error="User rejected this operation"), CALLER)
+
+    assert refused.value.chunk.code == "executed_by_server"
+    running.write(lambda step: steps.store(step, call.pk, "paid", ToolCall.Outcome.OK, 0))
+    call.refresh_from_db()
+    assert call.answer == "paid"
+
+
+def test_a_client_s_no_says_nothing_of_what_is_in_doubt() -> None:
+    call = make_doubtful()
+
+    with pytest.raises(Refused):
+        acceptance.tool_result(ToolResult("s", call.pk, error="User rejected this operation"), CALLER)
+
+    assert status_of(call) == ("in_doubt", "waiting")
+
+
+def test_one_that_kills_its_server_each_time_is_not_executed_for_ever() -> None:
+    turn = make_turn(make_session())
+    act(run(turn), wanted("look_up", {"to": "Ann"}))
+    began = 0
+
+    with pytest.raises(KeyError):  # parked
+        while began < 10:
+            let_lease_run_out(turn)
+            stream = TurnStream(claim(turn, f"runner {began}"))
+            stream.write(lambda step: steps.begin(step, [], 0))
+            began += 1
+
+    assert began <= settings.TURN_MAX_LOSSES + 1
+    assert status_of(turn.calls.get()) == ("answered", "failed")
+
+
+def test_what_it_lost_is_forgotten_with_a_result() -> None:
+    turn = make_turn(make_session())
+    act(run(turn), wanted("look_up", {"to": "Ann"}), wanted("look_up", {"to": "Bob"}))
+    let_lease_run_out(turn)
+    stream = TurnStream(claim(turn, "another"))
+    stream.write(lambda step: steps.begin(step, [], 0))
+    turn.refresh_from_db()
+    assert turn.lost_count == 1
+
+    stream.write(lambda step: steps.store(step, turn.calls.in_order()[0].pk, "Ann", ToolCall.Outcome.OK, 0))
+
+    turn.refresh_from_db()
+    assert turn.lost_count == 0
 
 
 def test_a_turn_that_is_parked_leaves_no_call_open() -> None:

@@ -1,7 +1,6 @@
 """What is registered, and what its rows, pages and rules make of it; within this process."""
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,13 +127,6 @@ def test_what_would_end_more_than_the_tool_is_a_failure_like_any_other(error: Ba
         raise error
 
     assert executed(fail if on_thread else fail_too) == ("Error: odd failed on the server.", "error")
-
-
-def test_a_thread_that_hangs_does_not_keep_the_process_from_ending() -> None:
-    def look(call: ServerCall) -> bool:
-        return threading.current_thread().daemon
-
-    assert executed(look) == ("true", "ok")
 
 
 # --- Its row ---

@@ -18,7 +18,7 @@ from tests.test_tool_faults import read_by
 from tests.test_tool_survival import calls_in, messages, open_calls, refusal_in, results
 
 Object = dict[str, Any]
-TOOLS = ["add_note", "pay", "count_notes", "break", "wait"]
+TOOLS = ["add_note", "pay", "count_notes", "break", "wait", "hang"]
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +392,15 @@ def test_a_server_that_stops_lets_what_ends_soon_end(server: Server, played: Scr
 
     assert len(lines(server, "payments")) == 1
     assert rows(server, "SELECT outcome FROM sessions_app_toolcall WHERE session_id = 't15'") == [("ok",)]
+
+
+def test_a_thread_that_hangs_does_not_keep_a_server_from_ending(server: Server, played: ScriptedLLM) -> None:
+    played.script(call("hang", {"text": "for ever"}), say("I see."))
+
+    answer = go(server, "t19")
+
+    assert moves(answer)[-1] == ("hang", "timed_out")
+    assert server.stop() == 0
 
 
 def test_cancelling_ends_what_is_executing(server: Server, played: ScriptedLLM) -> None:

@@ -4,10 +4,14 @@ import asyncio
 
 import pytest
 
+from agents_app.binding import args_hash
+from agents_app.llm import get_model
 from events_app.feed import feed
+from messages_app.engine import run_turn
 from messages_app.runner import Runner
-from sessions_app.models import Account
-from tests.factories import make_session, make_turn
+from messages_app.turn_stream import Stopping
+from sessions_app.models import Account, ToolCall, Turn
+from tests.factories import make_session, make_turn, run
 
 
 @pytest.mark.django_db(transaction=True)
@@ -28,3 +32,22 @@ def test_a_session_that_comes_to_a_stopping_runner_is_told_to_another() -> None:
 
     turn.refresh_from_db()
     assert (turn.status, told) == ("queued", [True])
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_runner_that_stops_begins_to_execute_nothing() -> None:
+    Account.objects.get_or_create(pk=1)
+    turn = make_turn(make_session())
+    Turn.objects.filter(pk=turn.pk).update(round_count=1)
+    call = ToolCall(session_id="s", turn=turn, round=1, position=0, agent="coder", tool_name="pay", arguments_text="{}")
+    call.on_server, call.status = True, ToolCall.Status.RELEASED
+    call.args_hash = args_hash("s", call.pk, "pay", 0, "{}")
+    call.save()
+    stream = run(turn)
+    stream.interrupt(Stopping())
+
+    with pytest.raises(Stopping):
+        asyncio.run(run_turn(stream, get_model()))
+
+    call.refresh_from_db()
+    assert (call.status, call.begun_at) == ("released", None)

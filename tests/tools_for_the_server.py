@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,8 @@ def break_(call: ServerCall) -> Any:
 @server_tool("wait", description="Wait for ever.", parameters=NOTE, deadline_seconds=1)
 async def wait(call: ServerCall) -> None:
     await asyncio.Event().wait()
+
+
+@server_tool("hang", description="Wait for ever, on a thread.", parameters=NOTE, deadline_seconds=1)
+def hang(call: ServerCall) -> None:
+    threading.Event().wait()

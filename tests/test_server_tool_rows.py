@@ -1,6 +1,7 @@
 """What is registered, and what its rows, pages and rules make of it; within this process."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from django.test import Client
 from django.urls import reverse
 
 from agents_app import server_tools, tools
-from agents_app.models import Agent, Tool
+from agents_app.models import Agent, ApprovalRequest, Tool
 from agents_app.server_tools import ServerCall, server_tool
 from events_app.models import AuditEntry, Event
 from messages_app import acceptance, steps
@@ -353,6 +354,21 @@ def test_what_it_lost_is_forgotten_with_a_result() -> None:
     assert turn.lost_count == 0
 
 
+def test_a_turn_that_fails_meanwhile_leaves_no_call_open() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}), wanted("write_file"), wanted("read_file"))
+    running.write(lambda step: steps.begin(step, [], 0))
+
+    running.write(lambda step: steps.fail(step, "turn_timeout", "Too slow.", "coder", None))
+
+    told = {call.tool_name: json.loads(call.answer) for call in turn.calls.all()}
+    assert {each["status"] for each in told.values()} == {"cancelled"}
+    assert {name for name, each in told.items() if "not known" in each["message"]} == {"pay"}
+    assert not any("user" in each["message"] for each in told.values())
+    assert ApprovalRequest.objects.get().status == "cancelled"
+
+
 def test_a_turn_that_is_parked_leaves_no_call_open() -> None:
     turn = make_turn(make_session())
     act(run(turn), wanted("pay", {"to": "Ann"}))
@@ -365,6 +381,19 @@ def test_a_turn_that_is_parked_leaves_no_call_open() -> None:
     call = turn.calls.get()
     assert status_of(call) == ("answered", "failed")
     assert call.outcome == "cancelled"
+
+
+def test_a_parked_turn_whose_calls_cannot_be_closed_keeps_no_other_waiting() -> None:
+    turn = make_turn(make_session())
+    act(run(turn), wanted("pay", {"to": "Ann"}), wanted("write_file"))
+    ApprovalRequest.objects.update(status=ApprovalRequest.Status.APPROVED)  # by somebody's hand: its call waits still
+    Turn.objects.filter(pk=turn.pk).update(lost_count=2, is_singled_out=True, owner="dead")
+    let_lease_run_out(turn)
+    other = make_turn(make_session("other"))
+
+    assert claim(other).session_id == "other"
+
+    assert Turn.objects.get(pk=turn.pk).status == "failed"
 
 
 def test_before_its_calls_are_answered_the_model_is_not_asked() -> None:

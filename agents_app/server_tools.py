@@ -22,6 +22,7 @@ from importlib import import_module
 from queue import SimpleQueue
 from typing import Any
 
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
@@ -37,8 +38,6 @@ Run = Callable[["ServerCall"], Any]
 # What a model is to read of one result; the rest is left out.
 MAX_RESULT_CHARS = 256 * 1024
 MAX_DEADLINE_SECONDS = 86_400
-# Of synchronous tools so many run at once in a process. A thread that hangs cannot be ended.
-THREADS = 16
 UNKNOWN = "Whether it took effect is not known."
 NO_RESULT = "Tool executed successfully"
 
@@ -127,7 +126,7 @@ class Threads(Executor):
 
 
 registered: dict[str, ServerTool | StepTool] = {}
-_threads = Threads(THREADS)
+_threads = Threads(settings.SERVER_TOOL_THREADS)
 
 
 def server_tool(

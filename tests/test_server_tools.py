@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+from django.conf import settings
 
 from tests import databases
 from tests.scripted_llm import Gate, ScriptedLLM, call, calls, gated, say
@@ -18,20 +19,20 @@ from tests.test_tool_faults import read_by
 from tests.test_tool_survival import calls_in, messages, open_calls, refusal_in, results
 
 Object = dict[str, Any]
-TOOLS = ["add_note", "pay", "count_notes", "break", "wait", "hang"]
+TOOLS = ["add_note", "pay", "count_notes", "break", "wait", "hang", "hold_connection"]
 
 
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path) -> Iterator[Server]:
     """A server with tools of its own, which tests may kill; the coder may use them."""
     folder = tmp_path_factory.mktemp("tools")
-    settings = {
+    environment = {
         "SERVER_TOOLS": "tests.tools_for_the_server",
         "TOOLS_FOLDER": str(folder),
         "LLM_BASE_URL": shared_llm.url,
         "TURN_LEASE_SECONDS": "1",
     }
-    with running(folder, migrated, **settings) as server:
+    with running(folder, migrated, **environment) as server:
         server.stop()
         outcome = server.manage("migrate", "-v0")
         assert outcome.returncode == 0, outcome.stderr
@@ -401,6 +402,21 @@ def test_a_thread_that_hangs_does_not_keep_a_server_from_ending(server: Server, 
 
     assert moves(answer)[-1] == ("hang", "timed_out")
     assert server.stop() == 0
+
+
+def test_tools_that_hold_all_their_threads_leave_the_server_its_connections(
+    server: Server, played: ScriptedLLM
+) -> None:
+    holding = [call("hold_connection", {"text": str(number)}) for number in range(settings.SERVER_TOOL_THREADS)]
+    played.script(calls(*holding), say("Elsewhere."), say("Held."))
+
+    with begun(server, "t20") as frames:
+        eventually(lambda: len(lines(server, "notes")) == len(holding))
+        elsewhere = server.say("t21", "Hello.", agent_type="coder")
+        let_go(server)
+        rest = list(frames)
+
+    assert [each[-2].data["status"] for each in (elsewhere, rest)] == ["completed", "completed"]
 
 
 def test_cancelling_ends_what_is_executing(server: Server, played: ScriptedLLM) -> None:

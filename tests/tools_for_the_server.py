@@ -3,8 +3,11 @@
 import asyncio
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
+
+from django.db import connection
 
 from agents_app.server_tools import ServerCall, ToolFailed, server_tool
 
@@ -75,3 +78,11 @@ async def wait(call: ServerCall) -> None:
 @server_tool("hang", description="Wait for ever, on a thread.", parameters=NOTE, deadline_seconds=1)
 def hang(call: ServerCall) -> None:
     threading.Event().wait()
+
+
+@server_tool("hold_connection", description="Take long, with the database.", parameters=NOTE)
+def hold_connection(call: ServerCall) -> None:
+    connection.ensure_connection()
+    _write_down("notes", call)
+    while not (_folder() / "open").exists():
+        time.sleep(0.02)

@@ -14,16 +14,17 @@ from django.core.management.sql import emit_post_migrate_signal
 from django.test import Client
 from django.urls import reverse
 
-from agents_app import server_tools, tools
-from agents_app.models import Agent, ApprovalRequest, Tool
+from agents_app import approvals, server_tools, tools
+from agents_app.approvals import Choice, Verdict
+from agents_app.models import Agent, ApprovalRequest, ApprovalRule, Tool
 from agents_app.server_tools import ServerCall, server_tool
 from events_app.models import AuditEntry, Event
-from messages_app import acceptance, steps
+from messages_app import acceptance, ending, steps
 from messages_app.acceptance import Refused
 from messages_app.inbound import ToolResult
 from messages_app.turn_stream import TurnStream
 from sessions_app import unanswered
-from sessions_app.models import CallMoved, Session, ToolCall, Turn
+from sessions_app.models import CallMoved, LostClaim, Session, ToolCall, Turn
 from tests.factories import (
     CALLER,
     OPERATOR,
@@ -176,6 +177,17 @@ def test_a_client_s_tool_of_that_name_becomes_the_server_s() -> None:
     assert (row.on_server, row.version) == (True, 2)
 
 
+def test_in_a_turn_that_began_before_it_was_the_server_s_it_is_so_too() -> None:
+    Tool.objects.filter(pk="pay").update(on_server=False)
+    turn = make_turn(make_session())
+    running = run(turn)
+    tools.follow_registry()
+
+    act(running, wanted("pay", {"to": "Ann"}))
+
+    assert turn.calls.get().on_server
+
+
 def test_one_that_the_server_does_not_have_any_more_is_no_client_s_to_execute() -> None:
     del server_tools.registered["pay"]
     turn = make_turn(make_session())
@@ -296,6 +308,50 @@ def test_arguments_that_somebody_changed_are_not_executed() -> None:
 
     with pytest.raises(steps.ArgumentsTampered):
         running.write(lambda step: steps.begin(step, [], 0))
+
+
+def test_its_time_is_none_that_a_client_has() -> None:
+    ApprovalRule.objects.create(position=0, tool="pay", outcome="ask", self_approval=True)
+    turn = make_turn(make_session())
+    act(run(turn), wanted("pay", {"to": "Ann"}), wanted("look_up", {"to": "Ann"}))
+
+    approvals.decide_by_id(CALLER, turn.calls.get(tool_name="pay").pk, Choice(Verdict.APPROVE))
+
+    assert {(call.status, call.deadline_at) for call in turn.calls.all()} == {("released", None)}
+
+
+def test_of_two_runners_that_execute_it_the_one_that_has_the_turn_is_heard() -> None:
+    turn = make_turn(make_session())
+    first = run(turn)
+    act(first, wanted("look_up", {"to": "Ann"}))
+    begun: list[ServerCall] = []
+    first.write(lambda step: steps.begin(step, begun, 0))
+    let_lease_run_out(turn)
+    second = TurnStream(claim(turn, "another"))
+    second.write(lambda step: steps.begin(step, begun, 0))
+
+    with pytest.raises(LostClaim):
+        first.write(lambda step: steps.store(step, begun[0].call_id, "first", ToolCall.Outcome.OK, 0))
+    second.write(lambda step: steps.store(step, begun[1].call_id, "second", ToolCall.Outcome.OK, 0))
+
+    assert begun[0] == begun[1]
+    assert [call.answer for call in turn.calls.all()] == ["second"]
+
+
+def test_what_is_approved_and_cancelled_before_a_runner_comes_is_not_executed() -> None:
+    ApprovalRule.objects.create(position=0, tool="pay", outcome="ask", self_approval=True)
+    turn = make_turn(make_session())
+    act(run(turn), wanted("pay", {"to": "Ann"}))
+    call = turn.calls.get()
+    approvals.decide_by_id(CALLER, call.pk, Choice(Verdict.APPROVE))
+    assert status_of(call) == ("released", "queued")
+
+    ending.cancel(CALLER, "s")
+
+    assert status_of(call) == ("answered", "cancelled")
+    assert "not known" not in call.answer
+    with pytest.raises(KeyError):
+        claim(turn)
 
 
 def test_a_client_s_no_comes_too_late_for_what_the_server_executes() -> None:

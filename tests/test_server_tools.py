@@ -220,6 +220,18 @@ def test_while_it_executes_clients_see_it_and_cannot_answer_it(server: Server, p
     assert rest[-1].event == "done"
 
 
+def test_each_result_is_stored_as_soon_as_it_is_there(server: Server, played: ScriptedLLM) -> None:
+    both = calls(call("add_note", {"text": "slow", "held": True}), call("add_note", {"text": "quick"}))
+    played.script(both, say("Noted."))
+    with begun(server, "t22") as frames:
+        eventually(lambda: len(results(server, "t22")) == 1)
+        let_go(server)
+        rest = list(frames)
+
+    assert [state for _, state in moves(rest)] == ["executing", "executing", "ok", "ok"]
+    assert rest[-2].data["status"] == "completed"
+
+
 @pytest.mark.parametrize("client_first", [True, False])
 def test_beside_calls_of_the_client_the_model_is_asked_once_when_all_are_answered(
     server: Server, played: ScriptedLLM, client_first: bool

@@ -168,6 +168,18 @@ def test_another_schema_in_the_code_is_another_version() -> None:
     assert (row.description, row.version) == ("Pay somebody.", 5)
 
 
+def test_one_that_comes_back_is_none_that_was_approved_before(superuser: Client) -> None:
+    Tool.objects.filter(pk="pay").update(version=4)
+    code = server_tools.registered.pop("pay")
+    superuser.post(reverse("admin:agents_app_tool_delete", args=["pay"]), {"post": "yes"})
+    assert not Tool.objects.filter(pk="pay").exists()
+    server_tools.registered["pay"] = code
+
+    tools.follow_registry()
+
+    assert Tool.objects.get(pk="pay").version == 5
+
+
 def test_a_client_s_tool_of_that_name_becomes_the_server_s() -> None:
     Tool.objects.filter(pk="pay").update(on_server=False)
 
@@ -308,6 +320,18 @@ def test_arguments_that_somebody_changed_are_not_executed() -> None:
 
     with pytest.raises(steps.ArgumentsTampered):
         running.write(lambda step: steps.begin(step, [], 0))
+
+
+def test_a_tool_is_told_who_asks_for_what_and_until_when() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}))
+    begun: list[ServerCall] = []
+
+    running.write(lambda step: steps.begin(step, begun, 0))
+
+    call_id = turn.calls.get().pk
+    assert begun == [ServerCall(call_id, "pay", {"to": "Ann"}, "coder", "s", str(turn.pk), CALLER.account_id, 30)]
 
 
 def test_its_time_is_none_that_a_client_has() -> None:

@@ -11,6 +11,8 @@ from django.contrib.admin.utils import quote
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.sql import emit_post_migrate_signal
+from django.db import connection
+from django.db.migrations.loader import MigrationLoader
 from django.test import Client
 from django.urls import reverse
 
@@ -157,6 +159,15 @@ def test_flushing_the_database_makes_the_row_as_well() -> None:
     emit_post_migrate_signal(verbosity=0, interactive=False, db="default")  # what `flush` ends with
 
     assert Tool.objects.get(pk="pay").on_server
+
+
+def test_migrating_back_to_before_there_were_any_makes_none() -> None:
+    Tool.objects.filter(pk="pay").delete()
+    before = MigrationLoader(connection).project_state(("agents_app", "0009_first_deadlines")).apps
+
+    emit_post_migrate_signal(verbosity=0, interactive=False, db="default", apps=before)
+
+    assert not Tool.objects.filter(pk="pay").exists()
 
 
 def test_another_schema_in_the_code_is_another_version() -> None:
@@ -332,6 +343,19 @@ def test_a_tool_is_told_who_asks_for_what_and_until_when() -> None:
 
     call_id = turn.calls.get().pk
     assert begun == [ServerCall(call_id, "pay", {"to": "Ann"}, "coder", "s", str(turn.pk), CALLER.account_id, 30)]
+
+
+def test_the_time_in_which_the_server_executes_counts_as_the_turn_s() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}), wanted("read_file"))
+    running.write(lambda step: steps.begin(step, [], 0))
+
+    call = turn.calls.get(tool_name="pay")
+    running.write(lambda step: steps.store(step, call.pk, "paid", ToolCall.Outcome.OK, 1_500))
+
+    turn.refresh_from_db()
+    assert (turn.status, turn.ran_ms) == ("waiting", 1_500)
 
 
 def test_its_time_is_none_that_a_client_has() -> None:

@@ -50,7 +50,7 @@ EXECUTED_OTHERWISE = "The client reports that it executed other arguments than t
 NO_FEEDBACK = "User rejected this operation"
 CLOSED = {
     Verdict.SUPERSEDED: (Outcome.SUPERSEDED, "The user sent a new message before this call had a result."),
-    Verdict.CANCELLED: (Outcome.CANCELLED, "The user cancelled before this call had a result."),
+    Verdict.CANCELLED: (Outcome.CANCELLED, "The turn was ended before this call had a result."),
 }
 
 

@@ -1,6 +1,7 @@
 from typing import Any
 
 from django.apps import AppConfig
+from django.apps import apps as apps_of_the_code
 from django.apps.registry import Apps
 from django.conf import settings
 from django.core.exceptions import FieldDoesNotExist
@@ -18,7 +19,8 @@ class AgentsConfig(AppConfig):
         post_migrate.connect(_follow_registry, sender=self)
 
 
-def _follow_registry(apps: Apps, **kwargs: Any) -> None:
+def _follow_registry(apps: Apps = apps_of_the_code, **kwargs: Any) -> None:
+    """After `migrate`, which says what it has migrated to, and after `flush`, which does not."""
     from agents_app import tools
 
     try:

@@ -13,12 +13,16 @@ import inspect
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from queue import SimpleQueue
 from typing import Any
 
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
@@ -34,8 +38,6 @@ Run = Callable[["ServerCall"], Any]
 # What a model is to read of one result; the rest is left out.
 MAX_RESULT_CHARS = 256 * 1024
 MAX_DEADLINE_SECONDS = 86_400
-# Of synchronous tools so many run at once in a process. A thread that hangs cannot be ended.
-THREADS = 16
 UNKNOWN = "Whether it took effect is not known."
 NO_RESULT = "Tool executed successfully"
 
@@ -95,8 +97,36 @@ class StepTool:
     perform: Callable[[Session, Turn, dict[str, Any], str], Performed]
 
 
+class Threads(Executor):
+    """Some threads that a process which ends does not wait for, as it would for a ThreadPoolExecutor's."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._started = 0
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        """Called by the event loop alone."""
+        future: Future[Any] = Future()
+        self._work.put((future, partial(work, *args, **kwargs)))
+        if self._started < self._number:
+            self._started += 1
+            threading.Thread(target=self._serve, name=f"server-tool-{self._started}", daemon=True).start()
+        return future
+
+    def _serve(self) -> None:
+        while True:
+            future, work = self._work.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+
 registered: dict[str, ServerTool | StepTool] = {}
-_threads = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="server-tool")
+_threads = Threads(settings.SERVER_TOOL_THREADS)
 
 
 def server_tool(
@@ -175,7 +205,7 @@ async def execute(call: ServerCall) -> tuple[str, ToolCall.Outcome]:
             told = {"status": Outcome.TIMED_OUT, "tool_name": call.tool_name, "message": message}
             return json.dumps(told, ensure_ascii=False), Outcome.TIMED_OUT
         logger.exception("server_tool_failed", extra=ids)
-        return f"Error: {call.tool_name} failed on the server.", Outcome.ERROR
+        return f"Error: {call.tool_name} failed on the server. {UNKNOWN}", Outcome.ERROR
 
 
 def as_text(result: Any) -> str:
@@ -191,14 +221,25 @@ def as_text(result: Any) -> str:
 
 
 async def _run(tool: ServerTool, call: ServerCall) -> Any:
-    if inspect.iscoroutinefunction(tool.run):
-        return await tool.run(call)
-    return await asyncio.get_running_loop().run_in_executor(_threads, _on_thread, tool.run, call)
+    """What the tool returns. What it raises that would end the turn's task, or the server, ends the tool alone."""
+    try:
+        if inspect.iscoroutinefunction(tool.run):
+            return await tool.run(call)
+        result = await asyncio.get_running_loop().run_in_executor(_threads, _on_thread, tool.run, call)
+        # A wrapper that is no coroutine function itself may return a coroutine.
+        return await result if inspect.isawaitable(result) else result
+    except (SystemExit, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # not by itself: its deadline, or the turn
+        raise RuntimeError(f"{call.tool_name} raised {type(error).__name__}") from error
 
 
 def _on_thread(run: Run, call: ServerCall) -> Any:
     try:
         return run(call)
+    except StopIteration as error:
+        raise RuntimeError(f"{call.tool_name} raised StopIteration") from error  # no future can hold it
     finally:
         connections.close_all()  # a tool may use the database
 

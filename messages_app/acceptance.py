@@ -153,8 +153,6 @@ def tool_result(message: ToolResult, caller: Caller, key: Key | None = None) -> 
         raise Refused(f"No pending tool call {message.call_id}", "unknown_call")
     if not call.is_open and key is None and _late_results(call) >= LATE_RESULTS_KEPT:
         return Accepted(message.session_id, has_frames=False)  # and a client that loops waits for no lock
-    if call.is_open and call.on_server and not _is_rejection(message):
-        raise Refused("The server executes this call itself.", "executed_by_server")
     with _deciding(call, caller):
         return _once(key, partial(_take_result, message, call.pk, caller))
 
@@ -166,6 +164,9 @@ def _take_result(message: ToolResult, call_id: str, caller: Caller) -> Accepted:
     if not call.is_open:
         _write_down_late(session, call, message, caller)
         return Accepted(session.pk, has_frames=False)
+    # A client's user may say no to it as long as somebody is asked.
+    if call.on_server and not (call.status == ToolCall.Status.WAITING and _is_rejection(message)):
+        raise Refused("The server executes this call itself.", "executed_by_server")
     after, origin = lifecycle.position(session), str(call.turn_id)
     if _executed_otherwise(call, message):
         log.audit(

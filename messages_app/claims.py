@@ -133,7 +133,7 @@ def _park(turn_id: uuid.UUID, session_id: str, why: ErrorShown, *, among: TurnQu
     turn = among.filter(pk=turn_id).first()
     if turn is None or not turn.fail_unclaimed(why.code):
         return  # somebody else could work with it
-    approvals.close_calls(session, turn, Verdict.CANCELLED, approvals.system(session))
+    _close_calls(session, turn)
     origin = str(turn_id)
     log.record(
         lifecycle.fact(
@@ -148,6 +148,17 @@ def _park(turn_id: uuid.UUID, session_id: str, why: ErrorShown, *, among: TurnQu
     lifecycle.emit(session, why, TurnFinished(origin, Turn.Status.FAILED, why.code, turn.usage), origin=origin)
     lifecycle.wake_runner(session_id)  # for what is queued behind it
     logger.error("turn_parked", extra={"turn_id": origin, "session_id": session_id, "code": why.code})
+
+
+def _close_calls(session: Session, turn: Turn) -> None:
+    """Answer what is open of a turn that is parked. Rows that somebody damaged stay open: it is parked in any case."""
+    try:
+        with transaction.atomic():
+            approvals.close_calls(session, turn, Verdict.CANCELLED, approvals.system(session))
+    except (OperationalError, InterfaceError):
+        raise
+    except Exception:
+        logger.exception("calls_not_closed", extra={"turn_id": str(turn.pk), "session_id": session.pk})
 
 
 @transaction.atomic

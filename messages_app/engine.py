@@ -94,6 +94,8 @@ class _Run:
         it goes on.
         """
         begun: list[ServerCall] = []
+        async with self.stream.interruptible(self.deadline):
+            pass  # a server that stops would have to leave what it begins, perhaps in doubt
         outcome: str | None = await self.stream.commit(partial(steps.begin, begun=begun, ran_ms=self._ran_ms()))
         executing = {asyncio.create_task(server_tools.execute(call)): call for call in begun}
         try:

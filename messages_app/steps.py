@@ -193,6 +193,8 @@ def begin(step: Step, begun: list[ServerCall], ran_ms: int) -> None:
 
     Raises ArgumentsTampered.
     """
+    # A tool that kills its server comes after this: the runners that died of it are not forgotten yet.
+    step.change(lost_count=step.turn.lost_count)
     for call in step.turn.calls.to_be_executed().in_order():
         if not approvals.is_sound(call):
             raise ArgumentsTampered

@@ -58,6 +58,8 @@ TURN_MAX_ROUNDS = env.integer("TURN_MAX_ROUNDS", 25, at_least=1)
 TURN_QUEUE_LENGTH = env.integer("TURN_QUEUE_LENGTH", 5)
 TURN_RUNNER = env.choice("TURN_RUNNER", "embedded", {"embedded", "procrastinate"})
 SERVER_TOOLS = env.words("SERVER_TOOLS", [])
+# Of tools that are plain functions so many run at once in a process. A thread that hangs cannot be ended.
+SERVER_TOOL_THREADS = 16
 TURNS_AT_ONCE = env.integer("TURNS_AT_ONCE", 1_000, at_least=1)
 STREAM_COMMIT_SECONDS = env.seconds("STREAM_COMMIT_SECONDS", 0.1)
 STREAM_HEARTBEAT_SECONDS = env.seconds("STREAM_HEARTBEAT_SECONDS", 15)
@@ -166,7 +168,8 @@ on_postgresql = {
         "pool": {
             "name": "countersign",
             "min_size": 2,
-            "max_size": DATABASE_POOL_SIZE,
+            # Each thread of a tool may hold one for as long as it runs, and must leave the turns theirs.
+            "max_size": DATABASE_POOL_SIZE + (SERVER_TOOL_THREADS if SERVER_TOOLS else 0),
             # A request that gets no connection is answered with 503 after this.
             "timeout": 3,
             # Then the pool gives up, and who asks next has it try again: its own pauses grow to minutes.

@@ -379,9 +379,11 @@ class Turn(models.Model):
     def progress(claim: Claim, **changes: Any) -> None:
         """Write a step of a running turn, or raise LostClaim, or CancelRequested if the step may no longer count.
 
-        Whoever dies later dies of something else: what the turn has lost until now is forgotten.
+        Whoever dies later dies of something else: what the turn has lost until now is forgotten, unless the step says
+        otherwise.
         """
-        if not Turn.mine(claim).filter(cancel_requested_at__isnull=True).update(lost_count=0, **changes):
+        changes = {"lost_count": 0, **changes}
+        if not Turn.mine(claim).filter(cancel_requested_at__isnull=True).update(**changes):
             Turn.ensure_running(claim)
             raise LostClaim(f"turn {claim.turn_id} changed hands")
 

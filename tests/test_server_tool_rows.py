@@ -1,23 +1,34 @@
 """What is registered, and what its rows, pages and rules make of it; within this process."""
 
+import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.contrib.admin.utils import quote
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
+from django.core.management.sql import emit_post_migrate_signal
+from django.db import connection
+from django.db.migrations.loader import MigrationLoader
 from django.test import Client
 from django.urls import reverse
 
-from agents_app import server_tools, tools
-from agents_app.models import Agent, ApprovalRule, Tool
+from agents_app import approvals, server_tools, tools
+from agents_app.approvals import Choice, Verdict
+from agents_app.models import Agent, ApprovalRequest, ApprovalRule, Tool
 from agents_app.server_tools import ServerCall, server_tool
 from events_app.models import AuditEntry, Event
-from messages_app import steps
+from messages_app import acceptance, ending, steps
+from messages_app.acceptance import Refused
+from messages_app.inbound import ToolResult
+from messages_app.turn_stream import TurnStream
 from sessions_app import unanswered
-from sessions_app.models import CallMoved, Session, ToolCall, Turn
+from sessions_app.models import CallMoved, LostClaim, Session, ToolCall, Turn
 from tests.factories import (
+    CALLER,
     OPERATOR,
     act,
     claim,
@@ -37,12 +48,13 @@ SCHEMA: dict[str, Any] = {"type": "object", "properties": {"to": {"type": "strin
 
 @pytest.fixture(autouse=True)
 def pay() -> Iterator[None]:
-    """A tool that may not be repeated, with its row, which the coder may use."""
+    """A tool that may not be repeated and one that may, with their rows, which the coder may use."""
     before = dict(server_tools.registered)
     server_tool("pay", description="Pay somebody.", parameters=SCHEMA, is_repeatable=False, deadline_seconds=30)(paying)
+    server_tool("look_up", description="Look somebody up.", parameters=SCHEMA)(paying)
     tools.follow_registry()
     coder = Agent.objects.get(pk="coder")
-    Agent.objects.filter(pk="coder").update(allowed_tools=[*coder.allowed_tools, "pay"])
+    Agent.objects.filter(pk="coder").update(allowed_tools=[*coder.allowed_tools, "pay", "look_up"])
     yield
     server_tools.registered.clear()
     server_tools.registered.update(before)
@@ -65,6 +77,12 @@ def make_doubtful(session_id: str = "s", to: str = "Ann") -> ToolCall:
     run(turn).write(lambda step: steps.begin(step, again, 0))
     assert again == []
     return turn.calls.get()
+
+
+def executed(run: server_tools.Run) -> tuple[str, ToolCall.Outcome]:
+    """What the model reads of a tool that does this."""
+    server_tool("odd", description="", parameters={})(run)
+    return asyncio.run(server_tools.execute(ServerCall("call_1", "odd", {}, "coder", "s", "t", 1, 5)))
 
 
 def page_of(call: ToolCall) -> str:
@@ -103,6 +121,26 @@ def test_a_schema_that_cannot_be_used_stops_the_migration() -> None:
         tools.follow_registry()
 
 
+@pytest.mark.parametrize("error", [SystemExit(1), asyncio.CancelledError(), StopIteration()])
+@pytest.mark.parametrize("on_thread", [True, False])
+def test_what_would_end_more_than_the_tool_is_a_failure_like_any_other(error: BaseException, on_thread: bool) -> None:
+    def fail(call: ServerCall) -> None:
+        raise error
+
+    async def fail_too(call: ServerCall) -> None:
+        raise error
+
+    told = "Error: odd failed on the server. Whether it took effect is not known."
+    assert executed(fail if on_thread else fail_too) == (told, "error")
+
+
+def test_a_function_that_returns_a_coroutine_is_awaited() -> None:
+    async def work(call: ServerCall) -> str:
+        return f"done for {call.agent}"
+
+    assert executed(lambda call: work(call)) == ("done for coder", "ok")
+
+
 # --- Its row ---
 
 
@@ -123,6 +161,23 @@ def test_migrating_makes_the_row_and_keeps_what_admins_may_change() -> None:
     assert (row.deadline_seconds, row.position, row.version) == (5, 3, 1)
 
 
+def test_flushing_the_database_makes_the_row_as_well() -> None:
+    Tool.objects.filter(pk="pay").delete()
+
+    emit_post_migrate_signal(verbosity=0, interactive=False, db="default")  # what `flush` ends with
+
+    assert Tool.objects.get(pk="pay").on_server
+
+
+def test_migrating_back_to_before_there_were_any_makes_none() -> None:
+    Tool.objects.filter(pk="pay").delete()
+    before = MigrationLoader(connection).project_state(("agents_app", "0009_first_deadlines")).apps
+
+    emit_post_migrate_signal(verbosity=0, interactive=False, db="default", apps=before)
+
+    assert not Tool.objects.filter(pk="pay").exists()
+
+
 def test_another_schema_in_the_code_is_another_version() -> None:
     Tool.objects.filter(pk="pay").update(description="Something else.", version=4)
 
@@ -132,6 +187,18 @@ def test_another_schema_in_the_code_is_another_version() -> None:
     assert (row.description, row.version) == ("Pay somebody.", 5)
 
 
+def test_one_that_comes_back_is_none_that_was_approved_before(superuser: Client) -> None:
+    Tool.objects.filter(pk="pay").update(version=4)
+    code = server_tools.registered.pop("pay")
+    superuser.post(reverse("admin:agents_app_tool_delete", args=["pay"]), {"post": "yes"})
+    assert not Tool.objects.filter(pk="pay").exists()
+    server_tools.registered["pay"] = code
+
+    tools.follow_registry()
+
+    assert Tool.objects.get(pk="pay").version == 5
+
+
 def test_a_client_s_tool_of_that_name_becomes_the_server_s() -> None:
     Tool.objects.filter(pk="pay").update(on_server=False)
 
@@ -139,6 +206,17 @@ def test_a_client_s_tool_of_that_name_becomes_the_server_s() -> None:
 
     row = Tool.objects.get(pk="pay")
     assert (row.on_server, row.version) == (True, 2)
+
+
+def test_in_a_turn_that_began_before_it_was_the_server_s_it_is_so_too() -> None:
+    Tool.objects.filter(pk="pay").update(on_server=False)
+    turn = make_turn(make_session())
+    running = run(turn)
+    tools.follow_registry()
+
+    act(running, wanted("pay", {"to": "Ann"}))
+
+    assert turn.calls.get().on_server
 
 
 def test_one_that_the_server_does_not_have_any_more_is_no_client_s_to_execute() -> None:
@@ -274,6 +352,146 @@ def test_arguments_that_somebody_changed_are_not_executed() -> None:
         running.write(lambda step: steps.begin(step, [], 0))
 
 
+def test_a_tool_is_told_who_asks_for_what_and_until_when() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}))
+    begun: list[ServerCall] = []
+
+    running.write(lambda step: steps.begin(step, begun, 0))
+
+    call_id = turn.calls.get().pk
+    assert begun == [ServerCall(call_id, "pay", {"to": "Ann"}, "coder", "s", str(turn.pk), CALLER.account_id, 30)]
+
+
+def test_the_time_in_which_the_server_executes_counts_as_the_turn_s() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}), wanted("read_file"))
+    running.write(lambda step: steps.begin(step, [], 0))
+
+    call = turn.calls.get(tool_name="pay")
+    running.write(lambda step: steps.store(step, call.pk, "paid", ToolCall.Outcome.OK, 1_500))
+
+    turn.refresh_from_db()
+    assert (turn.status, turn.ran_ms) == ("waiting", 1_500)
+
+
+def test_its_time_is_none_that_a_client_has() -> None:
+    ApprovalRule.objects.create(position=0, tool="pay", outcome="ask", self_approval=True)
+    turn = make_turn(make_session())
+    act(run(turn), wanted("pay", {"to": "Ann"}), wanted("look_up", {"to": "Ann"}))
+
+    approvals.decide_by_id(CALLER, turn.calls.get(tool_name="pay").pk, Choice(Verdict.APPROVE))
+
+    assert {(call.status, call.deadline_at) for call in turn.calls.all()} == {("released", None)}
+
+
+def test_of_two_runners_that_execute_it_the_one_that_has_the_turn_is_heard() -> None:
+    turn = make_turn(make_session())
+    first = run(turn)
+    act(first, wanted("look_up", {"to": "Ann"}))
+    begun: list[ServerCall] = []
+    first.write(lambda step: steps.begin(step, begun, 0))
+    let_lease_run_out(turn)
+    second = TurnStream(claim(turn, "another"))
+    second.write(lambda step: steps.begin(step, begun, 0))
+
+    with pytest.raises(LostClaim):
+        first.write(lambda step: steps.store(step, begun[0].call_id, "first", ToolCall.Outcome.OK, 0))
+    second.write(lambda step: steps.store(step, begun[1].call_id, "second", ToolCall.Outcome.OK, 0))
+
+    assert begun[0] == begun[1]
+    assert [call.answer for call in turn.calls.all()] == ["second"]
+
+
+def test_what_is_approved_and_cancelled_before_a_runner_comes_is_not_executed() -> None:
+    ApprovalRule.objects.create(position=0, tool="pay", outcome="ask", self_approval=True)
+    turn = make_turn(make_session())
+    act(run(turn), wanted("pay", {"to": "Ann"}))
+    call = turn.calls.get()
+    approvals.decide_by_id(CALLER, call.pk, Choice(Verdict.APPROVE))
+    assert status_of(call) == ("released", "queued")
+
+    ending.cancel(CALLER, "s")
+
+    assert status_of(call) == ("answered", "cancelled")
+    assert "not known" not in call.answer
+    with pytest.raises(KeyError):
+        claim(turn)
+
+
+def test_a_client_s_no_comes_too_late_for_what_the_server_executes() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}))
+    call = turn.calls.get()
+    running.write(lambda step: steps.begin(step, [], 0))
+
+    with pytest.raises(Refused) as refused:
+        acceptance.tool_result(ToolResult("s", call.pk, error="User rejected this operation"), CALLER)
+
+    assert refused.value.chunk.code == "executed_by_server"
+    running.write(lambda step: steps.store(step, call.pk, "paid", ToolCall.Outcome.OK, 0))
+    call.refresh_from_db()
+    assert call.answer == "paid"
+
+
+def test_a_client_s_no_says_nothing_of_what_is_in_doubt() -> None:
+    call = make_doubtful()
+
+    with pytest.raises(Refused):
+        acceptance.tool_result(ToolResult("s", call.pk, error="User rejected this operation"), CALLER)
+
+    assert status_of(call) == ("in_doubt", "waiting")
+
+
+def test_one_that_kills_its_server_each_time_is_not_executed_for_ever() -> None:
+    turn = make_turn(make_session())
+    act(run(turn), wanted("look_up", {"to": "Ann"}))
+    began = 0
+
+    with pytest.raises(KeyError):  # parked
+        while began < 10:
+            let_lease_run_out(turn)
+            stream = TurnStream(claim(turn, f"runner {began}"))
+            stream.write(lambda step: steps.begin(step, [], 0))
+            began += 1
+
+    assert began <= settings.TURN_MAX_LOSSES + 1
+    assert status_of(turn.calls.get()) == ("answered", "failed")
+
+
+def test_what_it_lost_is_forgotten_with_a_result() -> None:
+    turn = make_turn(make_session())
+    act(run(turn), wanted("look_up", {"to": "Ann"}), wanted("look_up", {"to": "Bob"}))
+    let_lease_run_out(turn)
+    stream = TurnStream(claim(turn, "another"))
+    stream.write(lambda step: steps.begin(step, [], 0))
+    turn.refresh_from_db()
+    assert turn.lost_count == 1
+
+    stream.write(lambda step: steps.store(step, turn.calls.in_order()[0].pk, "Ann", ToolCall.Outcome.OK, 0))
+
+    turn.refresh_from_db()
+    assert turn.lost_count == 0
+
+
+def test_a_turn_that_fails_meanwhile_leaves_no_call_open() -> None:
+    turn = make_turn(make_session())
+    running = run(turn)
+    act(running, wanted("pay", {"to": "Ann"}), wanted("write_file"), wanted("read_file"))
+    running.write(lambda step: steps.begin(step, [], 0))
+
+    running.write(lambda step: steps.fail(step, "turn_timeout", "Too slow.", "coder", None))
+
+    told = {call.tool_name: json.loads(call.answer) for call in turn.calls.all()}
+    assert {each["status"] for each in told.values()} == {"cancelled"}
+    assert {name for name, each in told.items() if "not known" in each["message"]} == {"pay"}
+    assert not any("user" in each["message"] for each in told.values())
+    assert ApprovalRequest.objects.get().status == "cancelled"
+
+
 def test_a_turn_that_is_parked_leaves_no_call_open() -> None:
     turn = make_turn(make_session())
     act(run(turn), wanted("pay", {"to": "Ann"}))
@@ -286,6 +504,19 @@ def test_a_turn_that_is_parked_leaves_no_call_open() -> None:
     call = turn.calls.get()
     assert status_of(call) == ("answered", "failed")
     assert call.outcome == "cancelled"
+
+
+def test_a_parked_turn_whose_calls_cannot_be_closed_keeps_no_other_waiting() -> None:
+    turn = make_turn(make_session())
+    act(run(turn), wanted("pay", {"to": "Ann"}), wanted("write_file"))
+    ApprovalRequest.objects.update(status=ApprovalRequest.Status.APPROVED)  # by somebody's hand: its call waits still
+    Turn.objects.filter(pk=turn.pk).update(lost_count=2, is_singled_out=True, owner="dead")
+    let_lease_run_out(turn)
+    other = make_turn(make_session("other"))
+
+    assert claim(other).session_id == "other"
+
+    assert Turn.objects.get(pk=turn.pk).status == "failed"
 
 
 def test_before_its_calls_are_answered_the_model_is_not_asked() -> None:

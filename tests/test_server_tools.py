@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+from django.conf import settings
 
 from tests import databases
 from tests.scripted_llm import Gate, ScriptedLLM, call, calls, gated, say
@@ -19,20 +20,20 @@ from tests.test_tool_faults import read_by
 from tests.test_tool_survival import calls_in, messages, open_calls, refusal_in, results
 
 Object = dict[str, Any]
-TOOLS = ["add_note", "pay", "count_notes", "break", "wait"]
+TOOLS = ["add_note", "pay", "count_notes", "break", "wait", "hang", "hold_connection"]
 
 
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, migrated: Path) -> Iterator[Server]:
     """A server with tools of its own, which tests may kill; the coder may use them."""
     folder = tmp_path_factory.mktemp("tools")
-    settings = {
+    environment = {
         "SERVER_TOOLS": "tests.tools_for_the_server",
         "TOOLS_FOLDER": str(folder),
         "LLM_BASE_URL": shared_llm.url,
         "TURN_LEASE_SECONDS": "1",
     }
-    with running(folder, migrated, **settings) as server:
+    with running(folder, migrated, **environment) as server:
         server.stop()
         outcome = server.manage("migrate", "-v0")
         assert outcome.returncode == 0, outcome.stderr
@@ -160,8 +161,8 @@ def test_a_function_that_is_no_coroutine_runs_on_a_thread(server: Server, played
     ("text", "state", "told"),
     [
         ("kindly", "error", "Error: There is nothing to break."),
-        ("badly", "error", "Error: break failed on the server."),
-        ("without json", "error", "Error: break failed on the server."),
+        ("badly", "error", "Error: break failed on the server. Whether it took effect is not known."),
+        ("without json", "error", "Error: break failed on the server. Whether it took effect is not known."),
         ("in silence", "ok", "Tool executed successfully"),
     ],
 )
@@ -218,6 +219,18 @@ def test_while_it_executes_clients_see_it_and_cannot_answer_it(server: Server, p
     assert refusal_in(refused) == {"code": "executed_by_server"}
     assert results(server, "t6") == [(moved["call_id"], '{"noted": "milk", "agent": "coder"}')]
     assert rest[-1].event == "done"
+
+
+def test_each_result_is_stored_as_soon_as_it_is_there(server: Server, played: ScriptedLLM) -> None:
+    both = calls(call("add_note", {"text": "slow", "held": True}), call("add_note", {"text": "quick"}))
+    played.script(both, say("Noted."))
+    with begun(server, "t22") as frames:
+        eventually(lambda: len(results(server, "t22")) == 1)
+        let_go(server)
+        rest = list(frames)
+
+    assert [state for _, state in moves(rest)] == ["executing", "executing", "ok", "ok"]
+    assert rest[-2].data["status"] == "completed"
 
 
 @pytest.mark.parametrize("client_first", [True, False])
@@ -393,6 +406,30 @@ def test_a_server_that_stops_lets_what_ends_soon_end(server: Server, played: Scr
 
     assert len(lines(server, "payments")) == 1
     assert rows(server, "SELECT outcome FROM sessions_app_toolcall WHERE session_id = 't15'") == [("ok",)]
+
+
+def test_a_thread_that_hangs_does_not_keep_a_server_from_ending(server: Server, played: ScriptedLLM) -> None:
+    played.script(call("hang", {"text": "for ever"}), say("I see."))
+
+    answer = go(server, "t19")
+
+    assert moves(answer)[-1] == ("hang", "timed_out")
+    assert server.stop() == 0
+
+
+def test_tools_that_hold_all_their_threads_leave_the_server_its_connections(
+    server: Server, played: ScriptedLLM
+) -> None:
+    holding = [call("hold_connection", {"text": str(number)}) for number in range(settings.SERVER_TOOL_THREADS)]
+    played.script(calls(*holding), say("Elsewhere."), say("Held."))
+
+    with begun(server, "t20") as frames:
+        eventually(lambda: len(lines(server, "notes")) == len(holding))
+        elsewhere = server.say("t21", "Hello.", agent_type="coder")
+        let_go(server)
+        rest = list(frames)
+
+    assert [each[-2].data["status"] for each in (elsewhere, rest)] == ["completed", "completed"]
 
 
 def test_cancelling_ends_what_is_executing(server: Server, played: ScriptedLLM) -> None:

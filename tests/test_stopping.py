@@ -4,10 +4,15 @@ import asyncio
 
 import pytest
 
+from agents_app.binding import args_hash
+from agents_app.llm import get_model
+from agents_app.server_tools import ServerCall, ServerTool, registered
 from events_app.feed import feed
+from messages_app.engine import run_turn
 from messages_app.runner import Runner
-from sessions_app.models import Account
-from tests.factories import make_session, make_turn
+from messages_app.turn_stream import Stopping
+from sessions_app.models import Account, ToolCall, Turn
+from tests.factories import make_session, make_turn, run
 
 
 @pytest.mark.django_db(transaction=True)
@@ -28,3 +33,48 @@ def test_a_session_that_comes_to_a_stopping_runner_is_told_to_another() -> None:
 
     turn.refresh_from_db()
     assert (turn.status, told) == ("queued", [True])
+
+
+def make_released_call() -> ToolCall:
+    """One that the server has to execute, of a turn that waits for a runner."""
+    Account.objects.get_or_create(pk=1)
+    turn = make_turn(make_session())
+    Turn.objects.filter(pk=turn.pk).update(round_count=1)
+    call = ToolCall(session_id="s", turn=turn, round=1, position=0, agent="coder", tool_name="pay")
+    call.on_server, call.status, call.arguments_text = True, ToolCall.Status.RELEASED, "{}"
+    call.args_hash = args_hash("s", call.pk, "pay", 0, "{}")
+    call.save()
+    return call
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_runner_that_stops_begins_to_execute_nothing() -> None:
+    call = make_released_call()
+    stream = run(call.turn)
+    stream.interrupt(Stopping())
+
+    with pytest.raises(Stopping):
+        asyncio.run(run_turn(stream, get_model()))
+
+    call.refresh_from_db()
+    assert (call.status, call.begun_at) == ("released", None)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_runner_that_stops_waits_a_little_for_what_it_executes(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make_released_call()
+    stream = run(call.turn)
+
+    async def pay(executed: ServerCall) -> str:
+        stream.interrupt(Stopping())
+        for _ in range(100):  # of the loop's rounds, in one of which it is seen
+            await asyncio.sleep(0)
+        return "paid"
+
+    monkeypatch.setitem(registered, "pay", ServerTool("pay", "", {}, pay, is_repeatable=False, deadline_seconds=None))
+
+    with pytest.raises(Stopping):
+        asyncio.run(run_turn(stream, get_model()))
+
+    call.refresh_from_db()
+    assert (call.outcome, call.answer) == ("ok", "paid")

@@ -2,8 +2,12 @@
 
 import asyncio
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
+
+from django.db import connection
 
 from agents_app.server_tools import ServerCall, ToolFailed, server_tool
 
@@ -69,3 +73,16 @@ def break_(call: ServerCall) -> Any:
 @server_tool("wait", description="Wait for ever.", parameters=NOTE, deadline_seconds=1)
 async def wait(call: ServerCall) -> None:
     await asyncio.Event().wait()
+
+
+@server_tool("hang", description="Wait for ever, on a thread.", parameters=NOTE, deadline_seconds=1)
+def hang(call: ServerCall) -> None:
+    threading.Event().wait()
+
+
+@server_tool("hold_connection", description="Take long, with the database.", parameters=NOTE)
+def hold_connection(call: ServerCall) -> None:
+    connection.ensure_connection()
+    _write_down("notes", call)
+    while not (_folder() / "open").exists():
+        time.sleep(0.02)

@@ -223,6 +223,16 @@ def close_calls(session: Session, turn: Turn, verdict: Verdict, by: Caller) -> N
         if call.status == ToolCall.Status.WAITING:
             decide(session, of_call(session, call.pk), Choice(verdict), by)
         else:
+            if call.begun_at is not None or call.status == ToolCall.Status.IN_DOUBT:
+                # Nobody will learn any more whether it took effect: let it be known that this was so.
+                log.audit(
+                    by,
+                    "call.left_in_doubt",
+                    session_id=session.pk,
+                    target=call.pk,
+                    tool_name=call.tool_name,
+                    verdict=verdict,
+                )
             call.answer_with(*closing(call.tool_name, verdict, has_begun=call.begun_at is not None))
 
 

@@ -92,12 +92,12 @@ class Toolbox:
 def is_on_server(tool: Tool) -> bool:
     """Whether the server executes it; every other tool is the client's."""
     # A turn may be pinned to the team of a time when the row did not say so.
-    return tool.on_server or tool.name in server_tools.registered
+    return tool.on_server or server_tools.step_tool_named(tool.name) is not None
 
 
 def follow_registry() -> None:
     """Make the rows of `Tool` what the registered server tools are: a row for each, its schema and description those of
-    the code. Raises ImproperlyConfigured for a schema that cannot be used.
+    the code. Raises ImproperlyConfigured for a schema that cannot be used and for the name of a client's tool.
     """
     for tool in server_tools.registered.values():
         if isinstance(tool, server_tools.StepTool):
@@ -119,6 +119,8 @@ def follow_registry() -> None:
                 deadline_seconds=tool.deadline_seconds,
                 **written,
             )
+        elif not row.on_server:
+            raise ImproperlyConfigured(f"the server tool {tool.name} has the name of a tool that clients execute")
         elif any(getattr(row, name) != value for name, value in written.items()):
             Tool.objects.filter(pk=row.pk).update(version=F("version") + 1, **written)
 

@@ -107,7 +107,7 @@ def look(claim: Claim) -> Scene | None:
         raise TooManyRounds
     toolbox = team.toolbox_of(claim.team_version, turn.session.current_agent)
     agent = toolbox.agent
-    return Scene(
+    scene = Scene(
         agent.name,
         agent.model_used,
         agent.temperature,
@@ -116,6 +116,9 @@ def look(claim: Claim) -> Scene | None:
         turn.messages.get(role=Message.Role.USER).content,
         toolbox,
     )
+    # A process that slept between these reads has parts of what another runner made of the turn.
+    Turn.ensure_running(claim)
+    return scene
 
 
 def route(step: Step, chosen: Route, scene: Scene, spent: Spent | None) -> None:
@@ -189,7 +192,7 @@ def act(step: Step, finished: FinishedStep, asked: list[Asked], scene: Scene, sp
 
 def begin(step: Step, begun: list[ServerCall], ran_ms: int) -> None:
     """Mark what the server is to execute now, and add it to `begun`. What an earlier runner may have executed already
-    and may not be executed twice is in doubt: an operator is asked.
+    and may not be executed twice is in doubt, as is what this server does not have: an operator is asked.
 
     Raises ArgumentsTampered.
     """
@@ -198,22 +201,14 @@ def begin(step: Step, begun: list[ServerCall], ran_ms: int) -> None:
     for call in step.turn.calls.to_be_executed().in_order():
         if not approvals.is_sound(call):
             raise ArgumentsTampered
-        if call.begun_at is None or server_tools.is_repeatable(call.tool_name):
+        if call.tool_name not in server_tools.registered:
+            _doubt(step, call, f"This server does not have {call.tool_name} at the moment.")
+        elif call.begun_at is None or server_tools.is_repeatable(call.tool_name):
             call.begin()
             begun.append(_for_the_server(step, call))
             step.say(_moved(call, call.state))
         else:
-            call.doubt()
-            message = f"The server died while it executed {call.tool_name}. An operator has to say what becomes of it."
-            log.audit(
-                approvals.system(step.session),
-                "call.in_doubt",
-                session_id=step.session.pk,
-                target=call.pk,
-                tool_name=call.tool_name,
-            )
-            step.record("agent.error.occurred", agent=call.agent, error_message=message, error_type=IN_DOUBT)
-            step.say(ErrorShown(message, IN_DOUBT, {"call_id": call.pk}))
+            _doubt(step, call, f"The server ended while it executed {call.tool_name}.")
     if not begun:
         _settle(step, ran_ms)
 
@@ -363,6 +358,22 @@ def _for_the_server(step: Step, call: ToolCall) -> ServerCall:
         step.session.account_id,
         call.deadline_seconds,
     )
+
+
+def _doubt(step: Step, call: ToolCall, why: str) -> None:
+    """Leave a call to an operator."""
+    call.doubt()
+    log.audit(
+        approvals.system(step.session),
+        "call.in_doubt",
+        session_id=step.session.pk,
+        target=call.pk,
+        reason=why,
+        tool_name=call.tool_name,
+    )
+    message = f"{why} An operator has to say what becomes of the call."
+    step.record("agent.error.occurred", agent=call.agent, error_message=message, error_type=IN_DOUBT)
+    step.say(ErrorShown(message, IN_DOUBT, {"call_id": call.pk}))
 
 
 def _settle(step: Step, ran_ms: int) -> None:

@@ -15,6 +15,8 @@ from orchestrator_site import web
 from orchestrator_site.env import Environment
 
 CHAT = ".venv/bin/python manage.py chat --workspace DIR"
+# Where it looks for a server unless it is told.
+CHAT_SERVER = "http://localhost:8000"
 ENV_FILE = Path(__file__).resolve().parent.parent / ".env"
 
 
@@ -128,7 +130,7 @@ def banner(made: dict[str, str], password: str | None, *more: str) -> str:
             "",
             "  Or let the agents work in a directory of yours, and decide in the admin:",
             "",
-            f"    {CHAT}",
+            f"    {CHAT}" if address == CHAT_SERVER else f"    {CHAT} --server {address}",
             "",
             "",
         ]

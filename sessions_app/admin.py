@@ -373,7 +373,7 @@ class ToolCallAdmin(BrowseOnlyAdmin):
         ("Answer", {"fields": ("said",)}),
         ("Origin", {"fields": (("round", "place"), ("provider", "tool_version"), "args_hash")}),
     )
-    actions_detail = ("give_up",)
+    actions_detail = ("give_up", "settle")
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[ToolCall]:
         whole = super().get_queryset(request).select_related("turn", "approval")
@@ -400,9 +400,19 @@ class ToolCallAdmin(BrowseOnlyAdmin):
     def give_up(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
         return redirect("admin:sessions_app_toolcall_given_up", object_id)
 
+    @action(description="Give up or execute again…", icon="help_center", permissions=["settle"])
+    def settle(self, request: HttpRequest, object_id: str) -> HttpResponseRedirect:
+        return self.give_up(request, object_id)
+
     def has_give_up_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
-        call = ToolCall.objects.filter(pk=unquote(object_id or "")).only("status", "on_server").first()
-        return self._may_give_up(request) and call is not None and call.may_be_given_up
+        return self._is_offered(request, object_id, on_server=False)
+
+    def has_settle_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return self._is_offered(request, object_id, on_server=True)
+
+    def _is_offered(self, request: HttpRequest, object_id: str | None, *, on_server: bool) -> bool:
+        call = ToolCall.objects.filter(pk=unquote(object_id or ""), on_server=on_server).only("status", "on_server")
+        return self._may_give_up(request) and any(each.may_be_given_up for each in call)
 
     def _may_give_up(self, request: HttpRequest) -> bool:
         return request.user.has_perm(DECIDE) and self.has_view_permission(request)
@@ -416,7 +426,7 @@ class ToolCallAdmin(BrowseOnlyAdmin):
         call = get_object_or_404(ToolCall.objects.select_related("session"), pk=unquote(object_id))
         form = GiveUpForm(request.POST if request.method == "POST" else None)
         if not call.may_be_given_up:
-            self.message_user(request, "The call waits for no result.", messages.ERROR)
+            self.message_user(request, f"Not done. {unanswered.why_not(call)}", messages.ERROR)
         elif form.is_valid():
             self._settle(request, call, form.cleaned_data["reason"])
         else:

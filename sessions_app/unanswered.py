@@ -67,7 +67,7 @@ def give_up(by: Caller, call: ToolCall, reason: str) -> None:
     session = lifecycle.locked_for(by, call.session_id)
     call = session.calls.select_related("turn").get(pk=call.pk)
     if not call.may_be_given_up:
-        raise CallMoved(_why_not(call))
+        raise CallMoved(why_not(call))
     log.audit(by, "call.given_up", session_id=session.pk, target=call.pk, tool_name=call.tool_name, reason=reason)
     message = f"No result of {call.tool_name} came, and an operator ended the wait. {UNKNOWN}"
     _answer(session, call, ToolCall.Outcome.IN_DOUBT, message, reason=reason)
@@ -83,13 +83,14 @@ def execute_again(by: Caller, call: ToolCall, reason: str) -> None:
     session = lifecycle.locked_for(by, call.session_id)
     call = session.calls.select_related("turn").get(pk=call.pk)
     if call.status != ToolCall.Status.IN_DOUBT:
-        raise CallMoved(_why_not(call))
+        raise CallMoved(why_not(call))
     log.audit(by, "call.executed_again", session_id=session.pk, target=call.pk, tool_name=call.tool_name, reason=reason)
     call.release_again()
     _go_on(session, call)
 
 
-def _why_not(call: ToolCall) -> str:
+def why_not(call: ToolCall) -> str:
+    """Why a call is neither given up nor executed again."""
     if not call.is_open:
         return "The call has its answer already."
     if call.status == ToolCall.Status.WAITING:

@@ -121,7 +121,7 @@ def test_a_call_that_waits_for_a_decision_or_has_its_answer_is_not_given_up(oper
     acceptance.tool_result(ToolResult("answered", answered.pk, "text"), CALLER)
 
     for call, outcome in ((waiting, ""), (answered, "ok")):
-        assert "waits for no result" in told_after(operator, call, reason="Gone.")[1]
+        assert "Not done. The call " in told_after(operator, call, reason="Gone.")[1]
         assert operator.get(page_of(call)).status_code == 302
         assert outcome_of(call) == outcome
     assert not AuditEntry.objects.exists()

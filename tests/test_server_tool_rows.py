@@ -199,24 +199,34 @@ def test_one_that_comes_back_is_none_that_was_approved_before(superuser: Client)
     assert Tool.objects.get(pk="pay").version == 5
 
 
-def test_a_client_s_tool_of_that_name_becomes_the_server_s() -> None:
+def test_a_tool_that_clients_execute_is_not_taken_over() -> None:
     Tool.objects.filter(pk="pay").update(on_server=False)
 
-    tools.follow_registry()
+    with pytest.raises(ImproperlyConfigured, match="pay has the name of a tool that clients execute"):
+        tools.follow_registry()
 
-    row = Tool.objects.get(pk="pay")
-    assert (row.on_server, row.version) == (True, 2)
+    assert not tools.is_on_server(Tool.objects.get(pk="pay"))
 
 
-def test_in_a_turn_that_began_before_it_was_the_server_s_it_is_so_too() -> None:
-    Tool.objects.filter(pk="pay").update(on_server=False)
-    turn = make_turn(make_session())
-    running = run(turn)
-    tools.follow_registry()
+def test_what_is_left_in_doubt_without_an_operator_is_audited() -> None:
+    call = make_doubtful()
 
-    act(running, wanted("pay", {"to": "Ann"}))
+    ending.delete(CALLER, call.session_id)
 
-    assert turn.calls.get().on_server
+    assert [entry.action for entry in AuditEntry.objects.order_by("id")] == ["call.in_doubt", "call.left_in_doubt"]
+
+
+def test_what_the_server_does_not_have_any_more_stays_in_doubt(operator: Client) -> None:
+    call = make_doubtful()
+    del server_tools.registered["pay"]
+    unanswered.execute_again(OPERATOR, call, "Nothing came.")
+
+    begun: list[ServerCall] = []
+    run(Turn.objects.get()).write(lambda step: steps.begin(step, begun, 0))
+
+    assert begun == []
+    assert status_of(call) == ("in_doubt", "waiting")
+    assert "does not have the tool" in Page(operator.get(page_of(call)).content.decode()).text
 
 
 def test_one_that_the_server_does_not_have_any_more_is_no_client_s_to_execute() -> None:
@@ -257,6 +267,10 @@ def test_what_may_have_been_executed_is_left_to_an_operator() -> None:
     assert (entry.action, entry.actor, entry.target) == ("call.in_doubt", "system", call.pk)
     told = Event.objects.get(event_type="agent.error.occurred")
     assert told.data["error_type"] == "tool_in_doubt"
+    assert (entry.reason, told.data["error_message"].partition(".")[0]) == (
+        "The server ended while it executed pay.",
+        "The server ended while it executed pay",
+    )
 
 
 def test_the_pages_of_an_operator_lead_to_it(operator: Client) -> None:

@@ -361,7 +361,7 @@ def test_what_may_not_be_repeated_waits_for_an_operator_who_has_it_executed_agai
     assert [each for each, _ in lines(server, "payments")] == [call_id, call_id]
     audited = "SELECT action, actor, reason FROM events_app_auditentry WHERE target = ? ORDER BY id"
     assert rows(server, audited, call_id) == [
-        ("call.in_doubt", "system", ""),
+        ("call.in_doubt", "system", "The server ended while it executed pay."),
         ("call.executed_again", OPERATORS[0], "The bank knows nothing."),
     ]
     assert messages(server, "t12")[-1]["content"] == "It is paid."

@@ -283,7 +283,8 @@ class ApprovalRequestAdmin(AboutCall, BrowseOnlyAdmin):
             # Read again: what refused it may be that somebody else decided.
             return self._card(request, self._one(request, pk), refusal=_as_api_error(refusal))
         done = {"approve": "Approved", "edit": "Approved with your arguments", "reject": "Rejected"}[verdict]
-        messages.success(request, f"{done}. The client has been told.")
+        told = "The server goes on." if approval.call.on_server else "The client has been told."
+        messages.success(request, f"{done}. {told}")
         return redirect("admin:agents_app_approvalrequest_change", pk)
 
     def check_view(self, request: HttpRequest, pk: int) -> HttpResponseBase:

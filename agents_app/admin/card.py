@@ -291,7 +291,7 @@ def _steps(card: Card) -> Iterator[Step]:
         }
         yield Step(call.answered_at, words_of.get(ToolCall.Outcome(call.outcome), f"Closed: {call.outcome}"))
     elif call.status == ToolCall.Status.IN_DOUBT:
-        yield Step(None, "In doubt: the server died meanwhile. An operator has to say what becomes of it")
+        yield Step(None, "In doubt: the server ended meanwhile. An operator has to say what becomes of it")
     elif call.is_to_be_executed:
         yield Step(None, "The server executes it")
     elif call.is_open and call.released_at is not None:

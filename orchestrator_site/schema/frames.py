@@ -56,7 +56,9 @@ REFUSES_A_CALL = {
     "denied_by_policy": "a rule denies it",
 }
 # Of a call that the server executes; the turn waits.
-DOUBTS_A_CALL = {steps.IN_DOUBT: "the server died while it executed the call; an operator is asked"}
+DOUBTS_A_CALL = {
+    steps.IN_DOUBT: "the server ended while it executed it, or does not have its tool; an operator is asked"
+}
 # Of a released call that got no result; the model was told, and the turn goes on.
 ENDS_A_CALL = {
     TIMED_OUT: "its client sent no result in time",

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.faults.evidence import TERMINAL, Evidence, SessionNow
 from tests.faults.record import Answered, Decided, Opened, Reported, Said, Seen, Stuck
+from tests.faults.talker import NOTING
 from tests.scripted_llm import history_problem
 
 ENDINGS = ("tool.execution.completed", "tool.execution.failed")
@@ -166,6 +167,19 @@ def calls_happen_once(evidence: Evidence) -> Iterator[str]:
     yield from (f"{call_id} has {times} times: {what}" for (call_id, what), times in happened.items() if times > 1)
 
 
+def servers_calls_were_executed(evidence: Evidence) -> Iterator[str]:
+    """At least once, and only what was asked for: what a tool does once more, it does under the same key."""
+    asked = {call["id"] for now in evidence.sessions.values() for call in _calls(now)}
+    answered = {
+        one["tool_call_id"]
+        for now in evidence.sessions.values()
+        for one in _results(now)
+        if one["name"] == NOTING and '"noted"' in one["content"]
+    }
+    yield from (f"{call_id} was answered and never executed" for call_id in answered - set(evidence.executed))
+    yield from (f"{call_id} was executed and nobody asked for it" for call_id in set(evidence.executed) - asked)
+
+
 def turns_end_once(evidence: Evidence) -> Iterator[str]:
     ended = Counter(
         data["turn_id"]
@@ -281,6 +295,7 @@ INVARIANTS: list[tuple[str, Callable[[Evidence], Iterable[str]]]] = [
     ("I2", numbers_increase),
     ("I2", numbers_are_used_once),
     ("I3", calls_happen_once),
+    ("I3", servers_calls_were_executed),
     ("I3", turns_end_once),
     ("I3", calls_are_told_under_one_number),
     ("I3", decisions_are_confirmed_alike),

@@ -56,6 +56,7 @@ class Evidence:
     secrets: list[str]
     outages: list[Outage] = field(default_factory=list)
     back_within: float = 10.0
+    executed: list[str] = field(default_factory=list)  # by the server itself, once for each time
 
 
 def gather(
@@ -68,6 +69,7 @@ def gather(
     secrets: Iterable[str],
     outages: Sequence[Outage],
     back_within: float,
+    executed: Sequence[str],
 ) -> Evidence:
     """Ask a server that is quiet again for all it knows of the sessions in the record."""
     last_numbers = dict(
@@ -99,6 +101,7 @@ def gather(
         secrets=list(secrets),
         outages=list(outages),
         back_within=back_within,
+        executed=list(executed),
     )
 
 

@@ -1,6 +1,7 @@
 """One fault against one installation: sessions are driven, something goes wrong, it is mended, all comes to rest, and
 what is then known is checked."""
 
+import json
 import math
 import os
 import random
@@ -55,6 +56,12 @@ SETTINGS = {
     # No turn is to blame for deaths from outside, however many meet the same one.
     "TURN_MAX_LOSSES": "1000",
 }
+
+
+def executed(server: Server) -> list[str]:
+    """The calls that the server executed itself, once for each time."""
+    notes = server.database.parent / "notes"
+    return [line.partition(" ")[0] for line in _lines(notes)]
 
 
 def seed() -> int:
@@ -194,6 +201,7 @@ class Trial:
             secrets=[KEY, self.server.environment["SECRET_KEY"], LLM_KEY, DATABASE_PASSWORD, CANARY],
             outages=self.outages,
             back_within=BACK_WITHIN_SECONDS,
+            executed=executed(self.server),
         )
 
     def judged(self, tries: int) -> "Judged":
@@ -277,9 +285,15 @@ def with_password(url: str) -> str:
 @contextmanager
 def faulty(folder: Path, migrated: Path, llm: ScriptedLLM, **settings: str) -> Iterator[FaultyServer]:
     """A started one on a copy of the migrated database; killed at the end."""
-    server = FaultyServer(folder, **{"LLM_BASE_URL": llm.url, **SETTINGS, **settings})
+    tools = {"SERVER_TOOLS": "tests.tools_for_the_server", "TOOLS_FOLDER": str(folder)}
+    server = FaultyServer(folder, **{"LLM_BASE_URL": llm.url, **SETTINGS, **tools, **settings})
     databases.copy(migrated, server.database)
     try:
+        outcome = server.manage("migrate", "-v0")
+        assert outcome.returncode == 0, outcome.stderr
+        allowed = json.dumps(["read_file", "write_file", "switch_mode", talker.NOTING])
+        allow = "UPDATE agents_app_agent SET allowed_tools = ? WHERE name = ?"
+        databases.change(server.database, allow, allowed, talker.AGENT)
         server.start()
         yield server
     finally:
@@ -292,7 +306,8 @@ def faulty(folder: Path, migrated: Path, llm: ScriptedLLM, **settings: str) -> I
 @contextmanager
 def second(server: FaultyServer, folder: Path) -> Iterator[FaultyServer]:
     """Another process on the same database."""
-    settings = {name: server.environment[name] for name in ("LLM_BASE_URL", "LLM_API_KEY", "TURN_LEASE_SECONDS")}
+    same = ("LLM_BASE_URL", "LLM_API_KEY", "TURN_LEASE_SECONDS", "SERVER_TOOLS", "TOOLS_FOLDER")
+    settings = {name: server.environment[name] for name in same}
     other = FaultyServer(folder, **settings, TURN_MAX_LOSSES="1000", DATABASE_URL=server.environment["DATABASE_URL"])
     other.database = server.database
     other.log = folder / "other.log"

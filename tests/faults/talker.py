@@ -24,6 +24,8 @@ AGENT = "architect"
 CANARY = "sk-live-canary-4242"
 READ = {"path": "plan.md"}
 WRITE = {"path": "plan.md", "content": "as asked"}
+# What the server itself executes, where it has this tool.
+NOTING, NOTE = "add_note", {"text": "it is written"}
 EDITED = {"path": "plan.md", "content": f"as edited, {CANARY}"}
 VERDICTS = ("approve", "edit", "reject")
 # So long a client waits for one answer from beginning to end, the promised 30 s of a takeover among it.
@@ -32,13 +34,13 @@ PAUSE = 0.1
 
 
 def agent(request: Object) -> Reply:
-    """Asks to read and to write a file, hands over to another agent, and says that it has finished."""
+    """Asks to read and to write a file and to note it, hands over to another agent, and says that it has finished."""
     asked = [message["role"] for message in request["messages"] if message["role"] in ("user", "assistant")]
     rounds = next(number for number, role in enumerate(reversed(asked)) if role == "user")
     match rounds:
         case 0:
-            both = (call("read_file", READ, id="1"), call("write_file", WRITE, id="2"))
-            return calls(*both, text="First I look and write.")
+            all_three = call("read_file", READ, id="1"), call("write_file", WRITE, id="2"), call(NOTING, NOTE, id="3")
+            return calls(*all_three, text="First I look, write and note.")
         case 1:
             return call("switch_mode", {"mode": "ask", "reason": "It is written."}, id="1")
         case _:
@@ -113,6 +115,9 @@ class Talker:
         return [] if answer.status_code == 404 else answer.json()["messages"]
 
     def _deal_with(self, asked: Object) -> None:
+        if asked["executed_by"] == "server":
+            self._pause("what the server executes")
+            return
         if asked["state"] == "waiting" and self._chance.random() < 0.8:
             # Perhaps another verdict than the one that may have been lost: whichever came first has to stand.
             verdict = self._chance.choice(VERDICTS)

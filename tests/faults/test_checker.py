@@ -203,6 +203,14 @@ def a_turn_ends_twice(evidence: Evidence) -> None:
     home(evidence, end).replay.append((end.number + 1, end.data))
 
 
+def a_call_of_the_server_was_never_executed(evidence: Evidence) -> None:
+    del evidence.executed[0]
+
+
+def something_was_executed_that_nobody_asked_for(evidence: Evidence) -> None:
+    evidence.executed.append("call_of_nobody")
+
+
 def a_call_comes_under_another_number(evidence: Evidence) -> None:
     seen = frame(evidence, "tool_call")
     evidence.facts.append(Seen(session_id=seen.session_id, stream=seen.stream, number=10**6, data=seen.data))
@@ -309,6 +317,8 @@ TAMPERINGS: list[tuple[Tampering, Callable[[Evidence], Any]]] = [
     (a_call_has_two_results, checker.calls_happen_once),
     (a_request_has_two_decisions, checker.calls_happen_once),
     (a_call_was_started_twice, checker.calls_happen_once),
+    (a_call_of_the_server_was_never_executed, checker.servers_calls_were_executed),
+    (something_was_executed_that_nobody_asked_for, checker.servers_calls_were_executed),
     (a_turn_ends_twice, checker.turns_end_once),
     (a_call_comes_under_another_number, checker.calls_are_told_under_one_number),
     (a_decision_is_confirmed_otherwise, checker.decisions_are_confirmed_alike),

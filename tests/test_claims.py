@@ -111,6 +111,20 @@ def test_a_lease_that_ran_out_is_lost_even_before_somebody_takes_over() -> None:
         Turn.progress(held, handoff_count=1)
 
 
+def test_what_is_read_while_the_claim_is_lost_is_not_sent_to_a_model() -> None:
+    turn = make_turn(make_session())
+    held = claim(turn)
+
+    def slept(execute: Any, sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        """The process was paused before it read the messages, and its lease ran out."""
+        if 'FROM "messages_app_message"' in sql:
+            Turn.objects.filter(pk=turn.pk).update(lease_until=Now() - timedelta(seconds=1))
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(slept), pytest.raises(LostClaim):
+        steps.look(held)
+
+
 def test_a_released_turn_is_claimed_at_once_and_its_unfinished_step_is_void() -> None:
     turn = make_turn(make_session())
     stream = TurnStream(claim(turn, "one"))

@@ -21,7 +21,7 @@ test: $(VENV)/installed-dev
 test-postgres: $(VENV)/installed-dev
 	@PYTHONDONTWRITEBYTECODE= TEST_DATABASE=postgres $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Every fault in full, on both databases, one after the other: about an hour. The table is in docs/faults.md.
+# Every fault in full, on both databases, one after the other: hours. The table is in docs/faults.md.
 faults: $(VENV)/installed-dev
 	FAULTS=full $(BIN)/python -m pytest tests/faults
 	FAULTS=full TEST_DATABASE=postgres $(BIN)/python -m pytest tests/faults

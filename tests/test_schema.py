@@ -631,7 +631,7 @@ def denied(server: Server) -> Iterator[None]:
 
 @contextmanager
 def asked(server: Server) -> Iterator[None]:
-    change(server, f"{RULE} VALUES (0, 'switch_mode', '', 'ask', 'Who is next?', true, true)")
+    change(server, f"{RULE} VALUES (0, 'switch_mode', '', 'ask', 'Who is next.', true, true)")
     yield
     change(server, "UPDATE agents_app_approvalrequest SET rule_id = NULL WHERE tool_name = 'switch_mode'")
     change(server, "DELETE FROM agents_app_approvalrule WHERE position = 0")

@@ -6,8 +6,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Awaitable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Awaitable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import Any
 
 from django.conf import settings
@@ -54,6 +54,7 @@ class Runner:
         self._abandoned: list[Claim] = []
         self._given_up: dict[uuid.UUID, float] = {}
         self._running: set[asyncio.Task[Any]] = set()
+        self._under_way: set[asyncio.Future[None]] = set()
         self._places = asyncio.Semaphore(settings.TURNS_AT_ONCE)
         # One claim at a time: how many suspects are on trial is read before another is claimed.
         self._claim_lock = asyncio.Lock()
@@ -92,8 +93,8 @@ class Runner:
         await close_model()
 
     async def _hand_all_over(self) -> None:
-        if self._running:
-            await asyncio.wait(self._running)
+        while waited_for := {*self._under_way, *self._running}:
+            await asyncio.wait(waited_for)
         while self._abandoned:
             try:
                 await self._release_abandoned()
@@ -101,24 +102,40 @@ class Runner:
                 # A database that restarts is back in time, or the leases of these turns have to run out.
                 await asyncio.sleep(HAND_OVER_PAUSE_SECONDS)
 
+    @contextmanager
+    def _taking_up(self) -> Iterator[None]:
+        """Around a claim, until what it took runs: a process that stops waits for it, and hands that over as well."""
+        under_way: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._under_way.add(under_way)
+        try:
+            yield
+        finally:
+            self._under_way.discard(under_way)
+            under_way.set_result(None)
+
     async def take_up_all(self) -> None:
         """Take up what waits already. A job names each of these turns too, but jobs are fetched one by one."""
         while not self.is_stopping:
-            places = 0
-            while places < PART and not self._places.locked():
-                places += await self._places.acquire()
-            begun: list[Begun] = []
-            try:
-                async with self._claim_lock:
-                    begun = await hop(claims.claim_turns, self.owner, places)
-            finally:
-                for _ in range(places - len(begun)):
-                    self._places.release()
-            for each in begun:
-                self._begin(each[0].session_id, each)
-            if not begun:
-                return
+            with self._taking_up():
+                if not await self._take_up_part():
+                    return
             await asyncio.sleep(PART_SECONDS)
+
+    async def _take_up_part(self) -> bool:
+        """Whether there was anything."""
+        places = 0
+        while places < PART and not self._places.locked():
+            places += await self._places.acquire()
+        begun: list[Begun] = []
+        try:
+            async with self._claim_lock:
+                begun = await hop(claims.claim_turns, self.owner, places)
+        finally:
+            for _ in range(places - len(begun)):
+                self._places.release()
+        for each in begun:
+            self._begin(each[0].session_id, each)
+        return bool(begun)
 
     async def take_up(self, session_id: str) -> None:
         """Claim the turn of a session that may run now, and run it, and those after it, in a task of their own. Waits
@@ -126,18 +143,19 @@ class Runner:
 
         What is left when the process stops is told to another one.
         """
-        await self._places.acquire()
-        begun: Begun | None = None
-        try:
-            if self.is_stopping:
-                await _try(hop(lifecycle.wake_runner, session_id))
-            else:
-                begun = await self._claim_in(session_id)
-        finally:
-            if begun is None:
-                self._places.release()
-        if begun is not None:
-            self._begin(session_id, begun)
+        with self._taking_up():
+            await self._places.acquire()
+            begun: Begun | None = None
+            try:
+                if self.is_stopping:
+                    await _try(hop(lifecycle.wake_runner, session_id))
+                else:
+                    begun = await self._claim_in(session_id)
+            finally:
+                if begun is None:
+                    self._places.release()
+            if begun is not None:
+                self._begin(session_id, begun)
 
     def _begin(self, session_id: str, begun: Begun) -> None:
         task = asyncio.create_task(_try(self._run_all(session_id, begun)))
@@ -320,18 +338,24 @@ class EmbeddedRunner(Runner):
     async def _claim_for_ever(self) -> None:
         while not self.is_stopping:
             self._wake.clear()
-            claimed: list[tuple[Claim, list[Frame]]] = []
-            if room := max(settings.TURNS_AT_ONCE - len(self._running), 0):
-                try:
-                    claimed = await hop(claims.claim_turns, self.owner, room)
-                except Exception:
-                    logger.exception("claim_failed")
-            for claim, frames in claimed:
-                task = asyncio.create_task(self.run(claim, frames))
-                self._running.add(task)
-                task.add_done_callback(self._ended)
+            with self._taking_up():
+                claimed = await self._claim_some()
             if not claimed:
                 await _wait(self._wake, POLL_SECONDS)
+
+    async def _claim_some(self) -> bool:
+        """Whether there was anything."""
+        claimed: list[tuple[Claim, list[Frame]]] = []
+        if room := max(settings.TURNS_AT_ONCE - len(self._running), 0):
+            try:
+                claimed = await hop(claims.claim_turns, self.owner, room)
+            except Exception:
+                logger.exception("claim_failed")
+        for claim, frames in claimed:
+            task = asyncio.create_task(self.run(claim, frames))
+            self._running.add(task)
+            task.add_done_callback(self._ended)
+        return bool(claimed)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)

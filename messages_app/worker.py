@@ -39,8 +39,8 @@ async def work(app: App, **options: Any) -> None:
     telling.cancel()
     # Before the jobs: it waits for those that run, which is for their turns, and takes no other.
     fetching.cancel()
-    taking_up.cancel()
     await runner.stop()
+    taking_up.cancel()
     # What is left are the jobs' own rows. A database that is away must not hold up the end; `recover` finds them.
     await asyncio.wait([fetching], timeout=JOBS_SECONDS)
     await relay.stop()

@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from django.db import connection
 from django.db.models import Model
 
 from agents_app.llm import ModelError
 from agents_app.models import Agent, ApprovalRule, TeamVersion, Tool
 from agents_app.tools import Toolbox
+from events_app.prepared import Rows
 
 # A turn that waits for a person may be of any age; those that run are of the last few versions.
 VERSIONS_KEPT = 8
-Rows = dict[str, list[Any]]
+Stored = dict[str, list[Any]]
+
+_agents = Rows(Agent, lambda slot: Agent.objects.all())
+_tools = Rows(Tool, lambda slot: Tool.objects.all())
+_rules = Rows(ApprovalRule, lambda slot: ApprovalRule.objects.all())
 
 
 class UnknownToTeam(ModelError):
@@ -35,7 +41,7 @@ class Team:
 
     @classmethod
     def now(cls) -> "Team":
-        return cls._of(_rows())
+        return cls._of(_at_one_moment())
 
     @classmethod
     def of(cls, content: str) -> "Team":
@@ -43,7 +49,7 @@ class Team:
         return cls._of(json.loads(content))
 
     @classmethod
-    def _of(cls, rows: Rows) -> "Team":
+    def _of(cls, rows: Stored) -> "Team":
         agents, tools, rules = (
             [Agent(**_known(Agent, row)) for row in rows["agents"]],
             [Tool(**_known(Tool, row)) for row in rows["tools"]],
@@ -66,22 +72,24 @@ class Team:
 
 def pin() -> int:
     """The version of the team as it is now, stored unless it was there before."""
-    content = json.dumps(_rows(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    content = json.dumps(_at_one_moment(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
     # The number is of the content too, so that no process can remember another version under it.
-    version, _ = TeamVersion.objects.get_or_create(
-        digest=digest, defaults={"id": int(digest[:15], 16), "content": content}
-    )
-    return version.pk
+    version = int(digest[:15], 16)
+    if not TeamVersion.objects.filter(pk=version, digest=digest).exists():
+        TeamVersion.objects.get_or_create(digest=digest, defaults={"id": version, "content": content})
+    return version
 
 
-def _rows() -> Rows:
+def _at_one_moment() -> Stored:
     """Everything that makes the team, as it was at one moment.
 
     PostgreSQL lets others commit between two queries, and an agent of before with rules of after is a team that never
-    was: so what is read counts when a second reading finds the same.
+    was: so what is read counts when a second reading finds the same. In a transaction of SQLite nobody else commits.
     """
     read = _read()
+    if connection.vendor == "sqlite" and connection.in_atomic_block:
+        return read
     while (again := _read()) != read:
         read = again
     return read
@@ -92,12 +100,16 @@ def _known(model: type[Model], row: dict[str, Any]) -> dict[str, Any]:
     return {field.attname: row[field.attname] for field in model._meta.concrete_fields if field.attname in row}
 
 
-def _read() -> Rows:
+def _read() -> Stored:
     return {
-        "agents": list(Agent.objects.values()),
-        "tools": list(Tool.objects.values()),
-        "rules": list(ApprovalRule.objects.values()),
+        "agents": [_columns(agent) for agent in _agents()],
+        "tools": [_columns(tool) for tool in _tools()],
+        "rules": [_columns(rule) for rule in _rules()],
     }
+
+
+def _columns(row: Model) -> dict[str, Any]:
+    return {field.attname: getattr(row, field.attname) for field in row._meta.concrete_fields}
 
 
 def toolbox_of(version: int, agent: str) -> Toolbox:

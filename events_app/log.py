@@ -9,14 +9,27 @@ from django.db import DatabaseError
 from django.db.models import Max
 from django.utils import timezone
 
+from events_app import prepared
 from events_app.frames import Frame
 from events_app.models import AuditEntry, Event, StreamBatch
+from events_app.prepared import Rows
 from orchestrator_site.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
 PAGE = 100
 PAGE_BYTES = 256 * 1024
+
+_logged = Rows(
+    StreamBatch,
+    lambda slot: (
+        StreamBatch.objects.numbered()
+        .filter(session_id=slot("session_id"), last_seq__gt=slot("last_seq", "after"))
+        .order_by("last_seq")[:PAGE]
+        .only("origin", "frames", "closes", "last_seq")
+    ),
+)
+_unnumbered = Rows(StreamBatch, lambda slot: StreamBatch.objects.unnumbered().filter(session_id=slot("session_id")))
 
 
 class AuditUnavailable(Unavailable):
@@ -39,7 +52,7 @@ def fact(event_type: str, *, account_id: int, session_id: str, turn_id: str = ""
 
 def record(*facts: Event) -> None:
     """Insert facts in the caller's transaction."""
-    Event.objects.bulk_create(facts)
+    prepared.insert(*facts)
 
 
 def audit(
@@ -81,9 +94,7 @@ def audit(
 
 def append(session_id: str, frames: Sequence[Frame]) -> None:
     """Log numbered frames, in order, in the caller's transaction: one row for each run of the same origin."""
-    StreamBatch.objects.bulk_create(
-        batch_of(session_id, list(run)) for _, run in groupby(frames, key=lambda frame: frame.origin)
-    )
+    prepared.insert(*[batch_of(session_id, list(run)) for _, run in groupby(frames, key=lambda frame: frame.origin)])
 
 
 def batch_of(session_id: str, run: Sequence[Frame]) -> StreamBatch:
@@ -109,7 +120,7 @@ def leave_unnumbered(session_id: str, origin: str, body: str, *, closes: bool) -
 def number_waiting(session_id: str, next_number: Any) -> list[Frame]:
     """Give numbers to the frames that others left; the caller holds the session's lock and its numbers."""
     frames = []
-    for batch in StreamBatch.objects.unnumbered().filter(session_id=session_id):
+    for batch in _unnumbered(session_id=session_id):
         try:
             body = batch.frames[0][1]
         except (IndexError, KeyError, TypeError):
@@ -130,15 +141,9 @@ def page(session_id: str, after: int) -> tuple[list[Frame], bool]:
 
     A reader holds them until it has sent them, which may take it long: so not many more than PAGE_BYTES.
     """
-    rows = (
-        StreamBatch.objects.numbered()
-        .filter(session_id=session_id, last_seq__gt=after)
-        .order_by("last_seq")[:PAGE]
-        .only("origin", "frames", "closes", "last_seq")
-    )
     frames: list[Frame] = []
     count = size = 0
-    for row in rows.iterator(chunk_size=10):
+    for row in _logged.each(session_id=session_id, after=after):
         fresh = [frame for frame in _frames(row) if frame.seq > after]
         frames += fresh
         count, size = count + 1, size + sum(len(frame.wire) for frame in fresh)

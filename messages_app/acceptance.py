@@ -10,8 +10,6 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import F
-from django.db.models.functions import Now
 
 from agents_app import approvals, handoffs
 from agents_app.approvals import (
@@ -27,7 +25,7 @@ from agents_app.approvals import (
     Verdict,
 )
 from agents_app.server_tools import NO_RESULT
-from events_app import log
+from events_app import log, prepared
 from events_app.chunks import ErrorShown
 from events_app.frames import Frame
 from events_app.models import AuditEntry
@@ -38,7 +36,7 @@ from orchestrator_site.errors import Conflict, TooMany
 from sessions_app import following, idempotency, lifecycle
 from sessions_app.callers import Caller
 from sessions_app.idempotency import Key
-from sessions_app.models import Session, ToolCall, Turn
+from sessions_app.models import Session, ToolCall, Turn, turn_opened, unfinished_turns
 
 TITLE_CHARS = 500
 DECISIONS = {"approve": Verdict.APPROVE, "edit": Verdict.EDIT, "reject": Verdict.REJECT}
@@ -99,16 +97,13 @@ def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
         # A session that has had nothing yet starts on the agent asked for, without a handoff (section 4, row 3).
         Session.objects.filter(pk=session.pk).update(current_agent=requested)
         requested = ""
-    turn = session.turns.create(position=session.turn_count + 1, requested_agent=requested)
-    Message.objects.create(
+    turn = Turn(session=session, position=session.turn_count + 1, requested_agent=requested)
+    said = Message(
         session=session, turn=turn, turn_position=turn.position, role=Message.Role.USER, content=message.content
     )
-    Session.objects.filter(pk=session.pk).update(
-        turn_count=turn.position,
-        message_count=F("message_count") + 1,
-        last_activity=Now(),
-        title=session.title if session.title is not None else message.content.strip()[:TITLE_CHARS],
-    )
+    prepared.insert(turn, said)
+    title = session.title if session.title is not None else message.content.strip()[:TITLE_CHARS]
+    turn_opened(id=session.pk, turn_count=turn.position, title=title)
     log.record(lifecycle.fact(session, "session.message.added", turn_id=turn.pk, role="user", sent_by=caller.name))
     if not unfinished:
         # Behind another turn it is that one's end that lets it run.
@@ -119,7 +114,7 @@ def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
 
 def _make_way(session: Session, busy: Busy, caller: Caller) -> list[Turn]:
     """The turns that a new message goes behind, when what it replaces has been ended. Raises QueueFull, TurnRunning."""
-    unfinished = list(session.turns.unfinished().order_by("position"))
+    unfinished = unfinished_turns(session=session.pk)
     if unfinished and unfinished[0].status == Turn.Status.WAITING:
         ending.supersede(session, unfinished.pop(0), caller)
     if unfinished and busy == Busy.REJECT:

@@ -2,9 +2,9 @@
 
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import count
 
 from django.conf import settings
@@ -13,13 +13,23 @@ from django.db.models.functions import Now
 
 from agents_app import approvals, team
 from agents_app.approvals import Verdict
-from events_app import log
+from events_app import log, prepared
 from events_app.chunks import ErrorShown, Restarted, TurnFinished, TurnStarted, encode
 from events_app.frames import Frame
 from events_app.models import Event, StreamBatch
 from messages_app.turn_stream import BLOCK
 from sessions_app import lifecycle
-from sessions_app.models import RUNNER_LOST, Claim, Session, Turn, TurnQuerySet, lease_end
+from sessions_app.models import (
+    RUNNER_LOST,
+    Claim,
+    Session,
+    Turn,
+    TurnQuerySet,
+    lease_end,
+    most_lost_turn,
+    numbers_reserved,
+    trusted_turns,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +46,16 @@ def claim_turns(owner: str, limit: int) -> list[Begun]:
 
     A few transactions for all of them: with SQLite each costs a sync of the disk.
     """
-    begun = _claim_suspects(owner, limit)
+    # Asked for first, in one query: mostly there is nothing, or nothing suspect, and with SQLite the transaction that
+    # claims locks everybody out.
+    worst = most_lost_turn.first()
+    if worst is None:
+        return []
+    has_suspects = worst.losses >= settings.TURN_MAX_LOSSES - 1  # type: ignore[attr-defined]
+    begun = _claim_suspects(owner, limit) if has_suspects else []
     room, trusted = min(limit - len(begun), CLAIMS_AT_ONCE), Turn.objects.claimable().trusted()
     try:
-        # Asked for first: with SQLite the transaction that claims locks everybody out, and mostly there is nothing.
-        return begun + _claim(owner, trusted, room) if trusted.exists() else begun
+        return begun + _claim(owner, trusted, room, locked=trusted_turns(room, settings.TURN_MAX_LOSSES))
     except (OperationalError, InterfaceError):
         if not begun:
             raise
@@ -99,15 +114,22 @@ def _claim_suspects(owner: str, limit: int) -> list[Begun]:
     return _claim(owner, Turn.objects.claimable().suspect(), room, singled_out=at_once == 1)
 
 
-def _claim(owner: str, among: TurnQuerySet, room: int, *, singled_out: bool = False) -> list[Begun]:
-    """Claim the first of these turns, but for those that somebody else is at.
+def _claim(
+    owner: str,
+    among: TurnQuerySet,
+    room: int,
+    *,
+    singled_out: bool = False,
+    locked: Callable[[], list[Turn]] | None = None,
+) -> list[Begun]:
+    """Claim the first of these turns, but for those that somebody else is at. `locked`: a quicker way to lock them.
 
     A row that cannot be worked with must not keep the others waiting: it is looked for by halves, and parked.
     """
     if room <= 0:
         return []
     try:
-        return _claim_together(owner, among[:room], singled_out=singled_out)
+        return _claim_together(owner, locked or partial(_locked, among, room), singled_out=singled_out)
     except (OperationalError, InterfaceError):
         raise
     except Exception:
@@ -161,13 +183,17 @@ def _close_calls(session: Session, turn: Turn) -> None:
         logger.exception("calls_not_closed", extra={"turn_id": str(turn.pk), "session_id": session.pk})
 
 
+def _locked(among: TurnQuerySet, room: int) -> list[Turn]:
+    return list(among[:room].locked_with_sessions())
+
+
 @transaction.atomic
-def _claim_together(owner: str, free: TurnQuerySet, *, singled_out: bool) -> list[Begun]:
+def _claim_together(owner: str, locked: Callable[[], list[Turn]], *, singled_out: bool) -> list[Begun]:
     """The same few statements for any number of turns: with one for each, a thousand took seconds.
 
     What somebody else has locked is about to change, or about to be claimed: it is looked at the next time.
     """
-    turns = list(free.locked_with_sessions())
+    turns = locked()
     if not turns:
         return []
     session_ids = [turn.session_id for turn in turns]
@@ -182,14 +208,15 @@ def _claim_together(owner: str, free: TurnQuerySet, *, singled_out: bool) -> lis
         )
         for turn in turns
     ]
-    Session.objects.filter(pk__in=session_ids).reserve_numbers(BLOCK)
+    numbers_reserved.many([{"id": session_id, "count": BLOCK} for session_id in session_ids])
     Turn.claim([claim for claim, _ in begun], singled_out=singled_out)
     # Those that were left by others are logged already.
-    StreamBatch.objects.bulk_create(
+    batches = [
         log.batch_of(claim.session_id, frames[-1:])
         for claim, frames in begun
         if frames and frames[-1].seq == claim.settled_seq
-    )
+    ]
+    prepared.insert(*batches)
     log.record(*[_started(claim, turn.session) for turn, (claim, _) in zip(turns, begun, strict=True)])
     return begun
 

@@ -16,14 +16,14 @@ from agents_app.policy import Outcome, Ruling
 from agents_app.routing import Route
 from agents_app.server_tools import ServerCall
 from agents_app.tools import CallRefused, Toolbox
-from events_app import log
+from events_app import log, prepared
 from events_app.chunks import AssistantText, Chunk, ErrorShown, ServerCallMoved, ToolCalled
 from events_app.models import ModelCall
 from messages_app import transcript
 from messages_app.models import Message
 from messages_app.turn_stream import Step
 from sessions_app import lifecycle
-from sessions_app.models import Claim, Session, ToolCall, Turn, deadline
+from sessions_app.models import ORCHESTRATOR, Claim, Session, ToolCall, Turn, deadline, message_counted
 
 # So many calls of one session may wait for a person at once; a flood would have people sign without reading.
 PENDING_PER_SESSION = 20
@@ -54,7 +54,7 @@ class Scene:
     model: str
     temperature: float | None
     messages: list[dict[str, Any]]
-    user_text: str
+    user_text: str  # for the orchestrator alone
     toolbox: Toolbox
 
 
@@ -112,13 +112,17 @@ def look(claim: Claim) -> Scene | None:
         agent.model_used,
         agent.temperature,
         transcript.of(turn, prompt=agent.prompt, context_tokens=settings.LLM_CONTEXT_TOKENS),
-        # What opened this turn: the transcript joins it with messages before it that got no answer.
-        turn.messages.get(role=Message.Role.USER).content,
+        _opening(turn) if agent.name == ORCHESTRATOR else "",
         toolbox,
     )
     # A process that slept between these reads has parts of what another runner made of the turn.
     Turn.ensure_running(claim)
     return scene
+
+
+def _opening(turn: Turn) -> str:
+    """What opened this turn: the transcript joins it with messages before it that got no answer."""
+    return turn.messages.get(role=Message.Role.USER).content
 
 
 def route(step: Step, chosen: Route, scene: Scene, spent: Spent | None) -> None:
@@ -252,7 +256,7 @@ def _hand_over(step: Step, to: Route, *, by: str) -> None:
 
 
 def _store_answer(step: Step, text: str, agent: str, *, round: int = 0) -> None:
-    Message.objects.create(
+    said = Message(
         session=step.session,
         turn=step.turn,
         turn_position=step.turn.position,
@@ -261,7 +265,8 @@ def _store_answer(step: Step, text: str, agent: str, *, round: int = 0) -> None:
         agent=agent,
         round=round,
     )
-    Session.objects.filter(pk=step.session.pk).update(message_count=F("message_count") + 1, last_activity=Now())
+    prepared.insert(said)
+    message_counted(id=step.session.pk)
     step.record("session.message.added", role="assistant", agent=agent)
     if text.strip():
         step.say(AssistantText(text, is_final=not round))
@@ -410,12 +415,13 @@ def _book(step: Step, spent: Spent | None) -> None:
     """Write down what a model step cost, and add it to the turn's bill."""
     if spent is None:
         return
-    ModelCall.objects.create(
+    booked = ModelCall(
         account_id=step.claim.account_id,
         session_id=step.claim.session_id,
         turn_id=str(step.turn.pk),
         created_at=timezone.now(),
         **asdict(spent),
     )
+    prepared.insert(booked)
     step.change(**{name: number + getattr(spent, name) for name, number in step.turn.usage.items()})
     step.record("agent.processing.completed", agent=spent.agent, duration_ms=spent.duration_ms, success=not spent.error)

@@ -3,9 +3,11 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from agents_app.llm import ModelError
+from events_app.prepared import Rows
 from messages_app.models import Message
 from sessions_app.models import ToolCall, Turn
 
@@ -66,15 +68,25 @@ def calls_of(messages: Iterable[Message]) -> Calls:
     return calls
 
 
+@cache
+def _page(start: int) -> Rows[Message]:
+    return Rows(
+        Message,
+        lambda slot: Message.objects.filter(
+            session_id=slot("session"), turn_position__lte=slot("turn_position", "until")
+        ).order_by("-turn_position", "-id")[start : start + PAGE],
+    )
+
+
 def _newest_first(turn: Turn) -> Iterator[tuple[Message, list[ToolCall]]]:
-    stored = Message.objects.filter(session_id=turn.session_id, turn_position__lte=turn.position)
-    newest_first = stored.order_by("-turn_position", "-id")
-    start = 0
-    while page := list(newest_first[start : start + PAGE]):
+    start, is_last = 0, False
+    while not is_last:
+        page = _page(start)(session=turn.session_id, until=turn.position)
         calls = calls_of(page)
         for message in page:
             yield message, calls.get((message.turn_id, message.round), []) if message.round else []
         start += PAGE
+        is_last = len(page) < PAGE
 
 
 def _asked(call: ToolCall) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from events_app.feed import feed
 from events_app.frames import Frame
 from events_app.models import Event
 from sessions_app import lifecycle
-from sessions_app.models import CancelRequested, Claim, LostClaim, Session, Turn
+from sessions_app.models import CancelRequested, Claim, LostClaim, Turn, held_turn_locked, locked_session
 
 logger = logging.getLogger(__name__)
 
@@ -171,9 +171,9 @@ class TurnStream:
         self, write: Callable[[Step], None], reserved: list[tuple[int, int]]
     ) -> tuple[list[Frame], Turn.Status | None]:
         # The session first, as everybody does it.
-        session = Session.objects.locked().get(pk=self.session_id)
-        turn = Turn.mine(self.claim).select_for_update().first()
-        if turn is None:
+        session = locked_session.first(id=self.session_id)
+        turn = held_turn_locked.first(**self.claim.fence)
+        if session is None or turn is None:
             raise LostClaim(f"turn {self.origin} is no longer {self.claim.owner}'s")
         turn.session = session
         step = Step(self.claim, turn)

@@ -22,7 +22,7 @@ from orchestrator_site.errors import Invalid
 from orchestrator_site.http import SESSION_ID
 from sessions_app import jobs
 from sessions_app.callers import Caller
-from sessions_app.models import Session, SessionIdTaken, Turn, UnknownSession, new_id
+from sessions_app.models import Session, SessionIdTaken, Turn, UnknownSession, locked_session, new_id
 
 
 def valid_session_id(session_id: str) -> str:
@@ -57,7 +57,7 @@ def locked_for(caller: Caller, session_id: str) -> Session:
 
 def locked_or_created(caller: Caller, session_id: str) -> Session:
     """The same for messages that make the session on first use. Never another account's: that one is unknown."""
-    session = Session.objects.locked().filter(pk=session_id).first()
+    session = locked_session.first(id=session_id)
     if session is None:
         try:
             session = create(caller, session_id)

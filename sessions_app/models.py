@@ -4,19 +4,20 @@ import json
 import secrets
 import string
 import uuid
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, Self
 
 from django.conf import settings
 from django.db import models
-from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, Subquery, Value, When
+from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, When
 from django.db.models.expressions import Combinable, CombinedExpression
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
+from events_app.prepared import Rows, Slot, Update
 from orchestrator_site.errors import Conflict, NotFound
 from sessions_app.callers import Caller
 
@@ -102,10 +103,6 @@ class SessionQuerySet(QuerySet["Session"]):
         """Lock the rows: whoever gives numbers or moves turns of a session takes its row first."""
         return self.select_for_update()
 
-    def reserve_numbers(self, count: int) -> None:
-        """Take the next `count` numbers of each stream; the caller holds the rows' locks."""
-        self.update(next_seq=F("next_seq") + count)
-
 
 class Session(models.Model):
     """One conversation. Its row also hands out the numbers of its stream and of its turns."""
@@ -139,13 +136,13 @@ class Session(models.Model):
     def reserve_numbers(self, count: int) -> int:
         """Take the next `count` numbers of the stream and return the first; the caller holds the row's lock."""
         first = self.next_seq
-        Session.objects.filter(pk=self.pk).reserve_numbers(count)
+        numbers_reserved(id=self.pk, count=count)
         self.next_seq = first + count
         return first
 
     def give_back_numbers(self, first: int, end: int) -> None:
         """Return the numbers from `first` up to `end` that nobody saw, unless others were given since."""
-        Session.objects.filter(pk=self.pk, next_seq=end).update(next_seq=first)
+        numbers_given_back(id=self.pk, first=first, end=end)
 
     def live_turn(self) -> "Turn | None":
         """The turn whose runner gives the stream's numbers, if there is one; the caller holds the row's lock.
@@ -187,13 +184,10 @@ class Claim:
     ran_ms: int
     team_version: int
 
-
-def _each(claims: Sequence[Claim], value: Callable[[Claim], int]) -> Case:
-    """For each claimed turn a number, in as many conditions as there are different ones."""
-    turns: defaultdict[int, list[uuid.UUID]] = defaultdict(list)
-    for claim in claims:
-        turns[value(claim)].append(claim.turn_id)
-    return Case(*(When(pk__in=ids, then=Value(number, models.BigIntegerField())) for number, ids in turns.items()))
+    @property
+    def fence(self) -> dict[str, Any]:
+        """What every write names."""
+        return {"turn_id": self.turn_id, "held_by": self.owner, "claimed_as": self.attempt}
 
 
 def unclaimed() -> Q:
@@ -248,6 +242,13 @@ class TurnQuerySet(QuerySet["Turn"]):
 
     def held_by(self, owner: str) -> Self:
         return self.filter(status=Turn.Status.RUNNING, owner=owner)
+
+    def held(self, turn_id: Any, owner: Any, attempt: Any) -> Self:
+        """The turn that a runner has claimed and holds."""
+        # A lease that ran out counts for nothing even if nobody took over: others may have given numbers since.
+        return self.filter(
+            pk=turn_id, status=Turn.Status.RUNNING, owner=owner, attempt=attempt, lease_until__gt=Now()
+        ).order_by()
 
     def stray(self, owner: str, known: Iterable[uuid.UUID]) -> Self:
         """Turns that bear a runner's name and that it knows nothing of: the commit of their claim was reported as
@@ -315,7 +316,8 @@ class Turn(models.Model):
     objects = TurnQuerySet.as_manager()
 
     class Meta:
-        ordering = ["session", "position"]
+        # The column: by the relation would be by the order of sessions, with a join in every query.
+        ordering = ["session_id", "position"]
         constraints = [
             models.UniqueConstraint(fields=["session", "position"], name="one_turn_per_position"),
             models.UniqueConstraint(
@@ -347,18 +349,17 @@ class Turn(models.Model):
 
         Raises TurnMoved when one is not to be had, which those locks should not allow.
         """
-        reserved = Subquery(Session.objects.filter(pk=OuterRef("session")).values("next_seq")[:1])
-        claimed = Turn.objects.filter(unclaimed(), pk__in=[claim.turn_id for claim in claims]).update(
-            status=Turn.Status.RUNNING,
-            owner=claims[0].owner,
-            attempt=F("attempt") + 1,
-            lease_until=lease_end(),
-            lost_count=losses(),
-            is_singled_out=singled_out,
-            started_at=Coalesce("started_at", Now()),
-            # How far below the end of the block is the same for most: a statement with a number for each is slow.
-            settled_seq=reserved + _each(claims, lambda claim: claim.settled_seq - claim.block_end),
-            team_version=_each(claims, lambda claim: claim.team_version),
+        claimed = _claimed(settings.TURN_LEASE_SECONDS).many(
+            [
+                {
+                    "id": claim.turn_id,
+                    "owner": claim.owner,
+                    "is_singled_out": singled_out,
+                    "settled_seq": claim.settled_seq,
+                    "team_version": claim.team_version,
+                }
+                for claim in claims
+            ]
         )
         if claimed != len(claims):
             raise TurnMoved(f"{len(claims) - claimed} of {len(claims)} turns moved while they were claimed")
@@ -366,14 +367,7 @@ class Turn(models.Model):
     @staticmethod
     def mine(claim: Claim) -> "TurnQuerySet":
         """The turn if `claim` still holds: what every write of a runner goes through."""
-        # A lease that ran out counts for nothing even if nobody took over: others may have given numbers since.
-        return Turn.objects.filter(
-            pk=claim.turn_id,
-            status=Turn.Status.RUNNING,
-            owner=claim.owner,
-            attempt=claim.attempt,
-            lease_until__gt=Now(),
-        )
+        return Turn.objects.held(claim.turn_id, claim.owner, claim.attempt)
 
     @staticmethod
     def progress(claim: Claim, **changes: Any) -> None:
@@ -383,14 +377,15 @@ class Turn(models.Model):
         otherwise.
         """
         changes = {"lost_count": 0, **changes}
-        if not Turn.mine(claim).filter(cancel_requested_at__isnull=True).update(**changes):
+        given = {name: value for name, value in changes.items() if name not in ENDS}
+        if not _progress(tuple(given), tuple(changes.keys() & ENDS.keys()))(**claim.fence, **given):
             Turn.ensure_running(claim)
             raise LostClaim(f"turn {claim.turn_id} changed hands")
 
     @staticmethod
     def ensure_running(claim: Claim) -> "Turn":
         """The turn with its session, read once. Raises LostClaim, or CancelRequested when it is to end."""
-        turn = Turn.mine(claim).select_related("session").first()
+        turn = held_turn.first(**claim.fence)
         if turn is None:
             raise LostClaim(f"turn {claim.turn_id} is no longer {claim.owner}'s")
         if turn.cancel_requested_at is not None:
@@ -400,7 +395,7 @@ class Turn(models.Model):
     @staticmethod
     def finish(claim: Claim, status: Status, *, code: str = "", **changes: Any) -> None:
         """End a running turn. A cancelled one can end in no other way."""
-        ending = {"status": status, "code": code, "finished_at": Now(), "lease_until": None, **changes}
+        ending = {"status": status, "code": code, **ENDS, **changes}
         if status != Turn.Status.CANCELLED:
             Turn.progress(claim, **ending)
         elif not Turn.mine(claim).update(**ending):
@@ -461,6 +456,88 @@ class Turn(models.Model):
                 status=Turn.Status.FAILED, code=code, finished_at=Now(), lease_until=None, lost_count=losses()
             )
         )
+
+
+# What a turn that nobody holds any more has instead of a lease, and when it ended.
+ENDS: dict[str, Any] = {"lease_until": None, "finished_at": Now()}
+
+
+def _held(slot: Callable[..., Slot]) -> TurnQuerySet:
+    return Turn.objects.held(slot("id", "turn_id"), slot("owner", "held_by"), slot("attempt", "claimed_as"))
+
+
+held_turn = Rows(Turn, lambda slot: _held(slot).select_related("session"))
+held_turn_locked = Rows(Turn, lambda slot: _held(slot).select_for_update())
+locked_session = Rows(Session, lambda slot: Session.objects.locked().filter(pk=slot("id")).order_by())
+unfinished_turns = Rows(
+    Turn, lambda slot: Turn.objects.unfinished().filter(session_id=slot("session")).order_by("position")
+)
+message_counted = Update(
+    Session,
+    lambda slot: Session.objects.filter(pk=slot("id")),
+    lambda slot: {"message_count": F("message_count") + 1, "last_activity": Now()},
+)
+turn_opened = Update(
+    Session,
+    lambda slot: Session.objects.filter(pk=slot("id")),
+    lambda slot: {
+        "turn_count": slot("turn_count"),
+        "message_count": F("message_count") + 1,
+        "last_activity": Now(),
+        "title": slot("title"),
+    },
+)
+numbers_given_back = Update(
+    Session,
+    lambda slot: Session.objects.filter(pk=slot("id"), next_seq=slot("next_seq", "end")),
+    lambda slot: {"next_seq": slot("next_seq", "first")},
+)
+
+
+numbers_reserved = Update(
+    Session,
+    lambda slot: Session.objects.filter(pk=slot("id")),
+    lambda slot: {"next_seq": F("next_seq") + slot("next_seq", "count")},
+)
+
+
+@cache
+def _claimed(lease_seconds: int) -> Update:
+    """A turn that is taken for so long at first."""
+    return Update(
+        Turn,
+        lambda slot: Turn.objects.filter(unclaimed(), pk=slot("id")),
+        lambda slot: {
+            "status": Turn.Status.RUNNING,
+            "owner": slot("owner"),
+            "attempt": F("attempt") + 1,
+            "lease_until": lease_end(),
+            "lost_count": losses(),
+            "is_singled_out": slot("is_singled_out"),
+            "started_at": Coalesce("started_at", Now()),
+            "settled_seq": slot("settled_seq"),
+            "team_version": slot("team_version"),
+        },
+    )
+
+
+@cache
+def trusted_turns(room: int, max_losses: int) -> Rows[Turn]:
+    """The first so many claimable turns that may run beside any others, locked with their sessions."""
+    return Rows(Turn, lambda slot: Turn.objects.claimable().trusted()[:room].locked_with_sessions())
+
+
+most_lost_turn = Rows(Turn, lambda slot: Turn.objects.claimable().order_by("-losses")[:1])  # type: ignore[misc]
+
+
+@cache
+def _progress(given: tuple[str, ...], ended: tuple[str, ...]) -> Update:
+    """A step of a turn that writes these columns."""
+    return Update(
+        Turn,
+        lambda slot: _held(slot).filter(cancel_requested_at__isnull=True),
+        lambda slot: {**{name: slot(name) for name in given}, **{name: ENDS[name] for name in ended}},
+    )
 
 
 class ToolCallQuerySet(QuerySet["ToolCall"]):

@@ -22,14 +22,14 @@ def says_yes_before_it_has_stored() -> None:
 
 def gives_numbers_that_it_has_not_reserved() -> None:
     """I2: whoever takes a turn over gives those numbers again."""
-    from django.db.models import F
+    from sessions_app.models import numbers_reserved
 
-    from sessions_app.models import SessionQuerySet
+    reserve = numbers_reserved.many
 
-    def reserve_numbers(self: Any, count: int) -> None:
-        self.update(next_seq=F("next_seq") + min(count, 2))
+    def reserve_two(executions: Any) -> int:
+        return reserve([{**values, "count": min(values["count"], 2)} for values in executions])
 
-    SessionQuerySet.reserve_numbers = reserve_numbers  # type: ignore[method-assign]
+    numbers_reserved.many = reserve_two  # type: ignore[method-assign]
 
 
 def lets_who_slept_write() -> None:
@@ -37,17 +37,17 @@ def lets_who_slept_write() -> None:
     from events_app import log
     from events_app.models import StreamBatch
     from messages_app import claims
-    from sessions_app.models import Turn
+    from sessions_app.models import TurnQuerySet
 
-    def mine(claim: Any) -> Any:
-        return Turn.objects.filter(pk=claim.turn_id)
+    def held(self: Any, turn_id: Any, owner: Any, attempt: Any) -> Any:
+        return self.filter(pk=turn_id).order_by()
 
     def write_batches(owner: str, parts: Any) -> Any:
         batches = [log.batch_of(part.claim.session_id, part.frames) for part in parts]
         StreamBatch.objects.bulk_create(batches, ignore_conflicts=True)
         return {part.claim.turn_id: None for part in parts}
 
-    Turn.mine = mine  # type: ignore[method-assign]
+    TurnQuerySet.held = held  # type: ignore[method-assign]
     claims.write_batches = write_batches
 
 

@@ -25,7 +25,7 @@ DONE = "0"  # no point has this number
 OURS = ("orchestrator_site", "messages_app", "agents_app", "sessions_app", "events_app")
 WRITE = re.compile(r'(INSERT|UPDATE|DELETE)\b[^"]*"(\w+)"')
 # What every fact and frame passes through says nothing of who wrote it.
-PASSED_THROUGH = ("events_app/log.py", "events_app/database.py")
+PASSED_THROUGH = ("events_app/log.py", "events_app/database.py", "events_app/prepared.py")
 
 
 class Plan:

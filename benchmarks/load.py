@@ -6,6 +6,12 @@ Prints `ready` when its sessions exist and starts the turns at the first line on
 when every stream has its first token, and one line of JSON at the end. While the turns run it does nothing with what
 it receives but note when it came; everything is read afterwards. With `--follow`, every session has a follower besides,
 at another server's port.
+
+With `--streams` that many are open all the time instead, each with one turn after the other, every turn in a session
+of its own. `streaming` is printed when that has settled, `over` after `--seconds` more or when the sessions are used
+up; the JSON says how many tokens were read between the two.
+
+`--bare` is for a server that has no sessions and sends the tokens alone (floor.py).
 """
 
 import argparse
@@ -32,6 +38,7 @@ WHOLE = re.compile(rb'"type":"assistant_message","content":"([^"]*)"')
 COMPLETED = re.compile(rb'"type":"turn_finished","turn_id":"[^"]*","status":"completed"')
 FINISHED = b'"type":"turn_finished"'
 PATIENCE = 60.0
+SETTLING_SECONDS = 0.5
 
 
 @dataclass
@@ -61,19 +68,21 @@ class Turn:
     def raw(self) -> bytes:
         return b"".join(piece for _, piece in self.pieces)
 
-    def problem(self, expected: int, *, is_whole_session: bool) -> str | None:
+    def problem(self, expected: int, *, is_whole_session: bool, bare: bool) -> str | None:
         """Why this turn failed, or None. A stream of the whole session has no end of its own."""
         status = self.raw.partition(b"\r\n")[0].decode(errors="replace")
         if not status.startswith("HTTP/1.1 200 "):
             return status or "no answer"
         body, _, _ = dechunked(self.raw)
+        if not is_whole_session and b"event: done" not in body:
+            return "the stream broke off"
+        if bare:
+            return None
         whole = [len(text.split()) for text in WHOLE.findall(body)]
         if whole != [expected]:
             return f"{len(whole)} whole answers with {whole} tokens"
         if not COMPLETED.search(body):
             return "the turn did not complete"
-        if not is_whole_session and b"event: done" not in body:
-            return "the stream broke off"
         return None
 
 
@@ -134,16 +143,29 @@ class Follower(Client):
 
 
 class Load:
-    def __init__(self, port: int, key: str, *, routed: bool, other: int | None = None) -> None:
+    def __init__(
+        self,
+        port: int,
+        key: str,
+        *,
+        routed: bool,
+        other: int | None = None,
+        bare: bool = False,
+        order: str = "",
+    ) -> None:
         self.port = port
         self.key = key
         self.routed = routed
         self.other = other
+        self.bare = bare
+        self.order = order
 
     def sessions(self, count: int) -> list[str]:
         """New sessions; on the coder from the start, unless their messages are to be routed."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         ids = [f"bench-{uuid.uuid4().hex}" for _ in range(count)]
+        if self.bare:
+            return ids
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         for session_id in ids:
             self._post(connection, "/sessions", {"session_id": session_id}, 201)
             if not self.routed:
@@ -189,6 +211,41 @@ class Load:
             client.transport.close()
         return turns, streaming_at
 
+    async def keep_on(
+        self,
+        session_ids: list[str],
+        streams: int,
+        seconds: float,
+        *,
+        on_settled: Callable[[], None],
+        on_over: Callable[[], None],
+    ) -> tuple[list[Turn], int, int]:
+        """So many streams, each with one turn after the other; and from when to when it counts."""
+        turns: list[Turn] = []
+        waiting, over = iter(session_ids), asyncio.Event()
+
+        async def one_after_the_other() -> None:
+            while not over.is_set() and (session_id := next(waiting, None)):
+                turns.append(Turn(session_id))
+                client = Client(turns[-1], self._message(session_id))
+                await self._open(client, self.port)
+                await client.ended.wait()
+            over.set()
+
+        async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+            for _ in range(streams):
+                group.create_task(one_after_the_other())
+            await asyncio.sleep(SETTLING_SECONDS)
+            began = time.monotonic_ns()
+            on_settled()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await over.wait()
+            ended = time.monotonic_ns()
+            on_over()
+            over.set()
+        return turns, began, ended
+
     async def _open(self, client: Client, port: int) -> None:
         await asyncio.get_running_loop().create_connection(lambda: client, "127.0.0.1", port)
 
@@ -198,7 +255,7 @@ class Load:
         ).encode()
 
     def _message(self, session_id: str) -> bytes:
-        message = {"type": "user_message", "content": "Please write the function that we spoke of."}
+        message = {"type": "user_message", "content": f"Please write the function that we spoke of. {self.order}"}
         body = json.dumps({"session_id": session_id, "message": message}).encode()
         return (
             f"POST /agent/message/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Internal-Auth: {self.key}\r\n"
@@ -220,9 +277,17 @@ def percentile(values: list[float], share: float) -> float:
     return ranked[min(len(ranked) - 1, int(len(ranked) * share))] if ranked else float("nan")
 
 
-def report(turns: list[Turn], expected: int, streaming_at: int, *, is_whole_session: bool = False) -> dict[str, object]:
+def report(
+    turns: list[Turn],
+    expected: int,
+    streaming_at: int,
+    ended: int | None = None,
+    *,
+    is_whole_session: bool = False,
+    bare: bool = False,
+) -> dict[str, object]:
     ages, steady, firsts, lasts, problems = [], [], [], [], []
-    lost = repeated = disordered = 0
+    lost = repeated = disordered = between = 0
     for turn in turns:
         tokens = turn.tokens()
         numbers = [number for number, _, _ in tokens]
@@ -231,10 +296,11 @@ def report(turns: list[Turn], expected: int, streaming_at: int, *, is_whole_sess
         disordered += numbers != sorted(numbers)
         ages += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens]
         steady += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens if sent_at > streaming_at]
+        between += sum(streaming_at < read_at and (ended is None or read_at <= ended) for _, _, read_at in tokens)
         firsts += [(read_at - turn.asked_at) / 1e6 for _, _, read_at in tokens[:1]]
         # By the monotonic clock, which all processes share: until the first of these moments all streamed.
         lasts += [read_at for _, _, read_at in tokens[-1:]]
-        if problem := turn.problem(expected, is_whole_session=is_whole_session):
+        if problem := turn.problem(expected, is_whole_session=is_whole_session, bare=bare):
             problems.append(problem)
     return {
         "turns": len(turns),
@@ -245,6 +311,7 @@ def report(turns: list[Turn], expected: int, streaming_at: int, *, is_whole_sess
         "repeated": repeated,
         "disordered": disordered,
         "age_ms": {name: percentile(ages, share) for name, share in SHARES.items()},
+        "between": between,
         "steady_tokens": len(steady),
         "steady_age_ms": {name: percentile(steady, share) for name, share in SHARES.items()},
         "first_token_ms": {name: percentile(firsts, share) for name, share in SHARES.items()},
@@ -266,6 +333,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--turns", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=200, help="how many each answer has to have")
+    parser.add_argument(
+        "--rate", help="tokens a second that the model is asked for, or `no delay`; else it does as it does"
+    )
+    parser.add_argument("--streams", type=int, help="open all the time, with one turn after the other")
+    parser.add_argument("--seconds", type=float, default=3, help="how long that counts")
+    parser.add_argument("--bare", action="store_true", help="the server has no sessions")
     parser.add_argument("--routed", action="store_true", help="let the orchestrator route every message")
     parser.add_argument("--follow", type=int, help="port of the server at which every session has a follower")
     arguments = parser.parse_args()
@@ -275,7 +348,8 @@ def main() -> None:
 
 async def measure(arguments: argparse.Namespace) -> None:
     key = os.environ["INTERNAL_API_KEY"]
-    load = Load(arguments.port, key, routed=arguments.routed, other=arguments.follow)
+    order = f"{arguments.tokens} tokens at {arguments.rate}." if arguments.rate else ""
+    load = Load(arguments.port, key, routed=arguments.routed, other=arguments.follow, bare=arguments.bare, order=order)
     session_ids = load.sessions(arguments.turns)
     followers = await load.follow(session_ids)
     print("ready", flush=True)
@@ -283,11 +357,27 @@ async def measure(arguments: argparse.Namespace) -> None:
     sys.stdin.readline()
 
     cpu, began = cpu_seconds(), time.monotonic()
-    turns, streaming_at = await load.run(session_ids, followers, on_streaming=lambda: print("streaming", flush=True))
+
+    def say(what: str) -> None:
+        print(what, flush=True)
+
+    until = None
+    if arguments.streams:
+        turns, since, until = await load.keep_on(
+            session_ids,
+            arguments.streams,
+            arguments.seconds,
+            on_settled=lambda: say("streaming"),
+            on_over=lambda: say("over"),
+        )
+    else:
+        turns, since = await load.run(session_ids, followers, on_streaming=lambda: say("streaming"))
     costs = {"seconds": time.monotonic() - began, "load_cpu_seconds": cpu_seconds() - cpu}
     followed = [follower.turn for follower in followers]
-    seen = report(turns, arguments.tokens, streaming_at)
-    seen["followers"] = report(followed, arguments.tokens, streaming_at, is_whole_session=True)
+    seen = report(turns, arguments.tokens, since, until, bare=arguments.bare)
+    seen["followers"] = report(followed, arguments.tokens, since, is_whole_session=True)
+    if until is not None:
+        costs["between_seconds"] = (until - since) / 1e9
     print(json.dumps({**seen, **costs}), flush=True)
 
 

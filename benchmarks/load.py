@@ -3,15 +3,15 @@
     INTERNAL_API_KEY=... python benchmarks/load.py --port 8000 --turns 100 --tokens 200
 
 Prints `ready` when its sessions exist and starts the turns at the first line on its standard input. Prints `streaming`
-when every stream has its first token, and one line of JSON at the end. While the turns run it does nothing with what
-it receives but note when it came; everything is read afterwards. With `--follow`, every session has a follower besides,
-at another server's port.
+when every stream has its first token, `over` when all have ended, and one line of JSON. While the turns run it does
+nothing with what it receives but note when it came; everything is read afterwards. With `--follow`, every session has a
+follower besides, at another server's port.
 
 With `--streams` that many are open all the time instead, each with one turn after the other, every turn in a session
 of its own. `streaming` is printed when that has settled, `over` after `--seconds` more or when the sessions are used
 up; the JSON says how many tokens were read between the two.
 
-`--bare` is for a server that has no sessions and sends the tokens alone (floor.py).
+`--dialect` is for other servers than ours: they are asked and they answer otherwise.
 """
 
 import argparse
@@ -26,10 +26,12 @@ import time
 import uuid
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
 import uvloop
 
@@ -39,6 +41,26 @@ COMPLETED = re.compile(rb'"type":"turn_finished","turn_id":"[^"]*","status":"com
 FINISHED = b'"type":"turn_finished"'
 PATIENCE = 60.0
 SETTLING_SECONDS = 0.5
+# So many sessions are made at a time.
+MAKERS = 8
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a server is asked for a turn, and what it answers. A path may name the session."""
+
+    path: str = "/agent/message/stream"
+    token: re.Pattern[bytes] = TOKEN
+    end: bytes = b"event: done"
+    # Sessions are made before the turn; the answer comes once more as a whole, and the turn says how it ended.
+    keeps: bool = False
+
+    def body(self, session_id: str, message: str) -> dict[str, Any]:
+        return {"session_id": session_id, "message": {"type": "user_message", "content": message}}
+
+
+OURS = Dialect(keeps=True)
+DIALECTS = {"ours": OURS, "bare": Dialect()}
 
 
 @dataclass
@@ -46,6 +68,7 @@ class Turn:
     """One turn as its client saw it: what came, and when."""
 
     session_id: str
+    dialect: Dialect = OURS
     asked_at: int = 0
     pieces: list[tuple[int, bytes]] = field(default_factory=list)
 
@@ -54,7 +77,7 @@ class Turn:
         read_to = list(accumulate(len(piece) for _, piece in self.pieces))
         body, starts, positions = dechunked(self.raw)
         arrived = []
-        for match in TOKEN.finditer(body):
+        for match in self.dialect.token.finditer(body):
             chunk = bisect_left(starts, match.end()) - 1
             position = positions[chunk] + match.end() - starts[chunk]
             read_at = self.pieces[bisect_left(read_to, position)][0]
@@ -68,16 +91,18 @@ class Turn:
     def raw(self) -> bytes:
         return b"".join(piece for _, piece in self.pieces)
 
-    def problem(self, expected: int, *, is_whole_session: bool, bare: bool) -> str | None:
+    def problem(self, expected: int, *, is_whole_session: bool) -> str | None:
         """Why this turn failed, or None. A stream of the whole session has no end of its own."""
         status = self.raw.partition(b"\r\n")[0].decode(errors="replace")
         if not status.startswith("HTTP/1.1 200 "):
             return status or "no answer"
         body, _, _ = dechunked(self.raw)
-        if not is_whole_session and b"event: done" not in body:
+        if not is_whole_session and self.dialect.end not in body:
             return "the stream broke off"
-        if bare:
+        if not self.dialect.keeps:
             return None
+        if b"".join(WHOLE.findall(body)) != b"".join(self.dialect.token.findall(body)):
+            return "the whole answer is not its tokens"
         whole = [len(text.split()) for text in WHOLE.findall(body)]
         if whole != [expected]:
             return f"{len(whole)} whole answers with {whole} tokens"
@@ -148,31 +173,34 @@ class Load:
         port: int,
         key: str,
         *,
-        routed: bool,
+        routed: bool = False,
         other: int | None = None,
-        bare: bool = False,
+        dialect: Dialect = OURS,
         order: str = "",
     ) -> None:
         self.port = port
         self.key = key
         self.routed = routed
         self.other = other
-        self.bare = bare
+        self.dialect = dialect
         self.order = order
 
     def sessions(self, count: int) -> list[str]:
         """New sessions; on the coder from the start, unless their messages are to be routed."""
         ids = [f"bench-{uuid.uuid4().hex}" for _ in range(count)]
-        if self.bare:
-            return ids
+        if self.dialect.keeps:
+            with ThreadPoolExecutor(MAKERS) as makers:
+                list(makers.map(self._make, [ids[start::MAKERS] for start in range(MAKERS)]))
+        return ids
+
+    def _make(self, session_ids: list[str]) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        for session_id in ids:
+        for session_id in session_ids:
             self._post(connection, "/sessions", {"session_id": session_id}, 201)
             if not self.routed:
                 switch = {"target_agent": "coder", "reason": "benchmark"}
                 self._post(connection, f"/agents/{session_id}/switch", switch, 200)
         connection.close()
-        return ids
 
     def _post(self, connection: http.client.HTTPConnection, path: str, body: object, expected: int) -> None:
         headers = {"X-Internal-Auth": self.key, "Content-Type": "application/json"}
@@ -200,7 +228,7 @@ class Load:
         on_streaming: Callable[[], None] = lambda: None,
     ) -> tuple[list[Turn], int]:
         """One turn in each session, all at once, to the end of every stream; and when all of them streamed."""
-        turns = [Turn(session_id) for session_id in session_ids]
+        turns = [Turn(session_id, self.dialect) for session_id in session_ids]
         clients = [Client(turn, self._message(turn.session_id)) for turn in turns]
         await asyncio.gather(*[self._open(client, self.port) for client in clients])
         await together(client.streams for client in clients)
@@ -226,7 +254,7 @@ class Load:
 
         async def one_after_the_other() -> None:
             while not over.is_set() and (session_id := next(waiting, None)):
-                turns.append(Turn(session_id))
+                turns.append(Turn(session_id, self.dialect))
                 client = Client(turns[-1], self._message(session_id))
                 await self._open(client, self.port)
                 await client.ended.wait()
@@ -236,6 +264,8 @@ class Load:
             for _ in range(streams):
                 group.create_task(one_after_the_other())
             await asyncio.sleep(SETTLING_SECONDS)
+            if over.is_set():
+                raise RuntimeError("the sessions were used up before it had settled")
             began = time.monotonic_ns()
             on_settled()
             with suppress(TimeoutError):
@@ -255,10 +285,11 @@ class Load:
         ).encode()
 
     def _message(self, session_id: str) -> bytes:
-        message = {"type": "user_message", "content": f"Please write the function that we spoke of. {self.order}"}
-        body = json.dumps({"session_id": session_id, "message": message}).encode()
+        message = f"Please write the function that we spoke of. {self.order}"
+        body = json.dumps(self.dialect.body(session_id, message)).encode()
+        path = self.dialect.path.format(session_id=session_id)
         return (
-            f"POST /agent/message/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Internal-Auth: {self.key}\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Internal-Auth: {self.key}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         ).encode() + body
 
@@ -281,26 +312,25 @@ def report(
     turns: list[Turn],
     expected: int,
     streaming_at: int,
-    ended: int | None = None,
+    until: int | None = None,
     *,
     is_whole_session: bool = False,
-    bare: bool = False,
 ) -> dict[str, object]:
     ages, steady, firsts, lasts, problems = [], [], [], [], []
     lost = repeated = disordered = between = 0
     for turn in turns:
         tokens = turn.tokens()
         numbers = [number for number, _, _ in tokens]
-        lost += expected - len(set(numbers))
+        lost += len(set(range(expected)).difference(numbers))
         repeated += len(numbers) - len(set(numbers))
         disordered += numbers != sorted(numbers)
         ages += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens]
         steady += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens if sent_at > streaming_at]
-        between += sum(streaming_at < read_at and (ended is None or read_at <= ended) for _, _, read_at in tokens)
+        between += sum(streaming_at < read_at and (until is None or read_at <= until) for _, _, read_at in tokens)
         firsts += [(read_at - turn.asked_at) / 1e6 for _, _, read_at in tokens[:1]]
         # By the monotonic clock, which all processes share: until the first of these moments all streamed.
         lasts += [read_at for _, _, read_at in tokens[-1:]]
-        if problem := turn.problem(expected, is_whole_session=is_whole_session, bare=bare):
+        if problem := turn.problem(expected, is_whole_session=is_whole_session):
             problems.append(problem)
     return {
         "turns": len(turns),
@@ -311,11 +341,12 @@ def report(
         "repeated": repeated,
         "disordered": disordered,
         "age_ms": {name: percentile(ages, share) for name, share in SHARES.items()},
-        "between": between,
+        "tokens_between": between,
         "steady_tokens": len(steady),
         "steady_age_ms": {name: percentile(steady, share) for name, share in SHARES.items()},
         "first_token_ms": {name: percentile(firsts, share) for name, share in SHARES.items()},
         "all_until": min(lasts, default=0),
+        "all_at_once": streaming_at < min(lasts, default=0),
         "megabytes": sum(len(piece) for turn in turns for _, piece in turn.pieces) / 1e6,
     }
 
@@ -338,7 +369,7 @@ def main() -> None:
     )
     parser.add_argument("--streams", type=int, help="open all the time, with one turn after the other")
     parser.add_argument("--seconds", type=float, default=3, help="how long that counts")
-    parser.add_argument("--bare", action="store_true", help="the server has no sessions")
+    parser.add_argument("--dialect", choices=DIALECTS, default="ours")
     parser.add_argument("--routed", action="store_true", help="let the orchestrator route every message")
     parser.add_argument("--follow", type=int, help="port of the server at which every session has a follower")
     arguments = parser.parse_args()
@@ -349,35 +380,35 @@ def main() -> None:
 async def measure(arguments: argparse.Namespace) -> None:
     key = os.environ["INTERNAL_API_KEY"]
     order = f"{arguments.tokens} tokens at {arguments.rate}." if arguments.rate else ""
-    load = Load(arguments.port, key, routed=arguments.routed, other=arguments.follow, bare=arguments.bare, order=order)
+    load = Load(
+        arguments.port,
+        key,
+        routed=arguments.routed,
+        other=arguments.follow,
+        dialect=DIALECTS[arguments.dialect],
+        order=order,
+    )
     session_ids = load.sessions(arguments.turns)
     followers = await load.follow(session_ids)
     print("ready", flush=True)
     # Nothing comes before the turns begin.
     sys.stdin.readline()
 
-    cpu, began = cpu_seconds(), time.monotonic()
-
-    def say(what: str) -> None:
-        print(what, flush=True)
-
-    until = None
+    cpu, began, until = cpu_seconds(), time.monotonic(), None
+    on_streaming, on_over = partial(print, "streaming", flush=True), partial(print, "over", flush=True)
     if arguments.streams:
         turns, since, until = await load.keep_on(
-            session_ids,
-            arguments.streams,
-            arguments.seconds,
-            on_settled=lambda: say("streaming"),
-            on_over=lambda: say("over"),
+            session_ids, arguments.streams, arguments.seconds, on_settled=on_streaming, on_over=on_over
         )
     else:
-        turns, since = await load.run(session_ids, followers, on_streaming=lambda: say("streaming"))
+        turns, since = await load.run(session_ids, followers, on_streaming=on_streaming)
+        on_over()
     costs = {"seconds": time.monotonic() - began, "load_cpu_seconds": cpu_seconds() - cpu}
-    followed = [follower.turn for follower in followers]
-    seen = report(turns, arguments.tokens, since, until, bare=arguments.bare)
-    seen["followers"] = report(followed, arguments.tokens, since, is_whole_session=True)
     if until is not None:
-        costs["between_seconds"] = (until - since) / 1e9
+        costs["seconds_between"] = (until - since) / 1e9
+    followed = [follower.turn for follower in followers]
+    seen = report(turns, arguments.tokens, since, until)
+    seen["followers"] = report(followed, arguments.tokens, since, is_whole_session=True)
     print(json.dumps({**seen, **costs}), flush=True)
 
 

@@ -23,128 +23,43 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psycopg
-from decisions import print_markdown
-from scaled import family_cpu_seconds
-from turns import (
-    HERE,
-    KEY,
+from machine import (
+    CORES,
     LOAD_CORE,
     PATIENCE,
     ROOT,
     SERVER_CORE,
-    TICKS,
     begin,
-    check_seconds,
+    busy_seconds,
     ended_after,
     environment,
+    family_cpu_seconds,
     free_port,
     line_of,
-    open_files,
+    private_kib,
     python,
     wait_healthy,
 )
+from systems import POOL, Bench, Floor, OnPostgreSQL, Ours, System, base_url, mock_model, running
+from tables import Cells, print_markdown
 
 sys.path.insert(0, str(ROOT))
 from orchestrator_site.local_services import PostgreSQL  # not installed: it lies beside
 
-NEAR_LIMIT = 0.95
+# Above this share of its core, the load and not the server is the limit.
+LIMIT = 0.95
 MODEL_LIBRARIES = ("aiohttp", "openai", "pydantic_ai")
+FAULTS = ("failed", "lost", "repeated", "disordered")
 SINGLES = 20
-LOOKS_SECONDS = 0.5
-DATABASE = "bench"
+LOOK_SECONDS = 0.5
+FLOOR, SQLITE, POSTGRESQL = "floor", "SQLite", "PostgreSQL"
 
 Figures = dict[str, float]
-
-
-# --- What is measured ------------------------------------------------------------------------------------------------
-
-
-class System:
-    """A server that answers our request. `bare`: it has no sessions, keeps nothing and sends the tokens alone."""
-
-    def __init__(self, name: str, *, bare: bool = False) -> None:
-        self.name = name
-        self.bare = bare
-
-    def prepare(self, folder: Path, model: str) -> None:
-        self.folder = folder
-        self.model = model
-
-    def command(self, port: int) -> list[str]:
-        return [str(HERE / "floor.py"), "--port", str(port), "--model", self.model]
-
-    def env(self, port: int) -> dict[str, str]:
-        return {"PATH": os.environ["PATH"]}
-
-    def connections(self, pid: int) -> int:
-        """That it has to its database."""
-        return 0
-
-    def database_cpu(self) -> float:
-        """Seconds used by a database that is not part of the server."""
-        return 0.0
-
-
-class Ours(System):
-    """As production starts it."""
-
-    def __init__(self, name: str, streams: int) -> None:
-        super().__init__(name)
-        self.streams = streams
-
-    def prepare(self, folder: Path, model: str) -> None:
-        super().prepare(folder, model)
-        migrate = [sys.executable, "manage.py", "migrate", "-v0"]
-        subprocess.run(migrate, cwd=ROOT, env=self.env(0), check=True, timeout=PATIENCE)
-
-    @property
-    def database(self) -> Path:
-        return self.folder / "bench.sqlite3"
-
-    def command(self, port: int) -> list[str]:
-        return ["-m", "orchestrator_site.web"]
-
-    def env(self, port: int) -> dict[str, str]:
-        # By default it takes 1,000 turns at a time.
-        more = (
-            {"TURNS_AT_ONCE": str(self.streams), "STREAMS_AT_ONCE": str(self.streams)} if self.streams > 1_000 else {}
-        )
-        return environment(self.folder, PORT=str(port or 8000), LLM_BASE_URL=self.model, **more)
-
-    def connections(self, pid: int) -> int:
-        return list(open_files(pid)).count(str(self.database))
-
-
-class OnPostgreSQL(Ours):
-    def __init__(self, name: str, streams: int, server: PostgreSQL) -> None:
-        super().__init__(name, streams)
-        self.server = server
-
-    def prepare(self, folder: Path, model: str) -> None:
-        self.server.start()
-        self.administer(f"CREATE DATABASE {DATABASE}")
-        super().prepare(folder, model)
-
-    def env(self, port: int) -> dict[str, str]:
-        return {**super().env(port), "DATABASE_URL": self.server.url(DATABASE)}
-
-    def connections(self, pid: int) -> int:
-        rows = self.administer("SELECT datname FROM pg_stat_activity")
-        return rows.count((DATABASE,))
-
-    def database_cpu(self) -> float:
-        assert self.server.process
-        return family_cpu_seconds(self.server.process.pid)
-
-    def administer(self, statement: str) -> list[tuple[Any, ...]]:
-        with psycopg.connect(self.server.url("postgres"), autocommit=True) as connection:
-            cursor = connection.execute(statement.encode())
-            return cursor.fetchall() if cursor.description else []
 
 
 # --- Measuring -------------------------------------------------------------------------------------------------------
@@ -152,7 +67,7 @@ class OnPostgreSQL(Ours):
 
 @dataclass(frozen=True)
 class Used:
-    """What was used until a moment: by the server, by its database, and how busy the cores were."""
+    """Seconds that were used until a moment: by the server, by its database, and of the two cores."""
 
     at: float
     server: float
@@ -164,57 +79,32 @@ class Used:
         return float((getattr(self, name) - getattr(since, name)) / (self.at - since.at))
 
 
-def busy_seconds(core: int) -> float:
-    """That a core was not idle, whatever it did."""
-    for line in Path("/proc/stat").read_text().splitlines():
-        name, *ticks = line.split()
-        if name == f"cpu{core}":
-            user, nice, system, _idle, _waiting, *rest = map(int, ticks)
-            return (user + nice + system + sum(rest[:3])) / TICKS
-    raise ValueError(f"no core {core}")
+@dataclass(frozen=True)
+class Meter:
+    """Measures one running server. What went wrong is kept."""
 
-
-def private_kib(pid: int) -> int:
-    """The memory that would be free without this process."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-
-
-@dataclass
-class Bench:
-    """A running server of a system."""
-
-    system: System
-    process: "subprocess.Popen[str]"
-    port: int
+    bench: Bench
     problems: list[str] = field(default_factory=list)
 
     def used(self) -> Used:
         return Used(
             time.monotonic(),
-            family_cpu_seconds(self.process.pid),
-            self.system.database_cpu(),
+            family_cpu_seconds(self.bench.server.pid),
+            self.bench.system.database_cpu(),
             *(busy_seconds(next(iter(core))) for core in (SERVER_CORE, LOAD_CORE)),
         )
 
     @contextmanager
-    def load(self, turns: int, tokens: int, rate: str, *more: str) -> "Iterator[subprocess.Popen[str]]":
-        """Clients that wait to `begin`; their sessions exist."""
-        arguments = {"--port": self.port, "--turns": turns, "--tokens": tokens, "--rate": rate}
-        flags = [str(word) for pair in arguments.items() for word in pair]
-        command = [str(HERE / "load.py"), *flags, *more, *(["--bare"] if self.system.bare else [])]
-        env = {"PATH": os.environ["PATH"], "INTERNAL_API_KEY": KEY}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with ended_after(python(*command, env=env, core=LOAD_CORE, **pipes)) as load:
-            line_of(load)
+    def load(self, turns: int, tokens: int, rate: str, *more: str) -> Iterator["subprocess.Popen[str]"]:
+        with ended_after(self.bench.load(turns, tokens, "--rate", rate, *more)) as load:
+            line_of(load)  # its sessions exist
             yield load
 
     def seen(self, load: "subprocess.Popen[str]", what: str) -> dict[str, Any]:
-        """What the clients saw; what went wrong is kept."""
+        """What the clients saw."""
         seen: dict[str, Any] = json.loads(line_of(load))
-        wrong = {name: seen[name] for name in ("failed", "lost", "repeated", "disordered") if seen[name]}
-        if wrong:
-            self.problems.append(f"{self.system.name}, {what}: {wrong} {seen['problems']}")
+        if wrong := {name: seen[name] for name in FAULTS if seen[name]}:
+            self.problems.append(f"{self.bench.system.name}, {what}: {wrong} {seen['problems']}")
         return seen
 
     def full_speed(self, streams: int, turns: int, tokens: int, seconds: float) -> Figures:
@@ -227,8 +117,8 @@ class Bench:
             after = self.used()
             seen = self.seen(load, f"{tokens} tokens a turn")
         return {
-            "rate": seen["between"] / seen["between_seconds"],
-            **costs(before, after, seen["between"]),
+            "rate": seen["tokens_between"] / seen["seconds_between"],
+            **costs(before, after, seen["tokens_between"]),
             "first": seen["first_token_ms"]["median"],
         }
 
@@ -240,218 +130,237 @@ class Bench:
             seen = self.seen(load, "one stream")
         return {"first": seen["first_token_ms"]["median"], "first_p95": seen["first_token_ms"]["p95"]}
 
-    def crowd(self, streams: int, tokens: int, rate: str) -> Figures:
+    def crowd(self, streams: int, tokens: int, rate: str, *more: str) -> Figures:
         """Streams that start together."""
-        with self.load(streams, tokens, rate) as load:
+        with self.load(streams, tokens, rate, *more) as load:
             before = self.used()
             begin(load)
             line_of(load)  # all stream
             streaming = self.used()
-            seen = self.seen(load, f"{streams} streams")
+            line_of(load)  # over
             after = self.used()
+            seen = self.seen(load, f"{streams} streams")
         first, age = seen["first_token_ms"], seen["steady_age_ms"]
         return {
             **costs(streaming, after, seen["steady_tokens"]),
             "cpu_whole": (after.server - before.server) / seen["tokens"] * 1e6,
-            "first": first["median"],
-            "first_p95": first["p95"],
-            "age": age["median"],
-            "age_p99": age["p99"],
+            "seconds": seen["seconds"],
+            **{f"first_{name}": first[name] for name in ("median", "p95", "max")},
+            **{f"age_{name}": age[name] for name in ("median", "p95", "p99", "max")},
         }
 
-    def many(self, streams: int, tokens: int) -> Figures:
-        """Streams that are open and quiet: a token a second."""
+    def quiet(self, streams: int, tokens: int) -> Figures:
+        """Streams that are all open, with a token a second each."""
         with self.load(streams, tokens, "1") as load:
-            idle = private_kib(self.process.pid)
+            idle, idle_kib = self.bench.held(), private_kib(self.bench.server.pid)
             begin(load)
             line_of(load)  # all stream
-            memory, connections, ends = 0, 0, time.monotonic() + tokens / 3
-            before = self.used()
+            before, most, most_kib, connections = self.used(), idle, idle_kib, 0
+            ends = before.at + tokens / 4
             while time.monotonic() < ends:
-                memory = max(memory, private_kib(self.process.pid))
-                connections = max(connections, self.system.connections(self.process.pid))
-                time.sleep(LOOKS_SECONDS)
+                most, most_kib = most.or_more(self.bench.held()), max(most_kib, private_kib(self.bench.server.pid))
+                connections = max(connections, self.bench.system.connections(self.bench.server.pid))
+                time.sleep(LOOK_SECONDS)
             after = self.used()
+            line_of(load)  # over
             seen = self.seen(load, f"{streams} streams")
+        if not seen["all_at_once"]:
+            self.problems.append(
+                f"{self.bench.system.name}: not all {streams} were open at once: it takes more --quiet"
+            )
         return {
-            "errors": sum(seen[name] for name in ("failed", "lost", "repeated", "disordered")),
-            "memory": (memory - idle) / streams,
+            "errors": sum(seen[name] for name in FAULTS),
+            "kib": (most_kib - idle_kib) / streams,
             "connections": connections,
-            "server_core": after.share(before, "server_core"),
-            "load_core": after.share(before, "load_core"),
+            "threads": most.threads,
+            "threads_more": most.threads - idle.threads,
             "first": seen["first_token_ms"]["median"],
             "age_p99": seen["steady_age_ms"]["p99"],
+            "server_core": after.share(before, "server_core"),
+            "load_core": after.share(before, "load_core"),
         }
 
 
 def costs(before: Used, after: Used, tokens: int) -> Figures:
+    """Not a number when no token came between: the starts took longer than the answers."""
     return {
-        "cpu": (after.server - before.server) / tokens * 1e6,
-        "database_cpu": (after.database - before.database) / tokens * 1e6,
+        "cpu": (after.server - before.server) / tokens * 1e6 if tokens else nan,
+        "database_cpu": (after.database - before.database) / tokens * 1e6 if tokens else nan,
         "server_core": after.share(before, "server_core"),
         "load_core": after.share(before, "load_core"),
     }
 
 
 @contextmanager
-def running(system: System, problems: list[str]) -> Iterator[Bench]:
-    port = free_port()
-    log = system.folder / "server.log"
-    with (
-        log.open("w") as output,
-        ended_after(
-            python(
-                *system.command(port), env=system.env(port), core=SERVER_CORE, stdout=subprocess.DEVNULL, stderr=output
-            )
-        ) as process,
-    ):
-        wait_healthy(process, port)
-        bench = Bench(system, process, port, problems)
+def metered(system: System, mock: "subprocess.Popen[str]", problems: list[str]) -> Iterator[Meter]:
+    """The system, started anew. What it logs is a problem."""
+    with running(system, mock) as bench:
+        meter = Meter(bench, problems)
         # What the first requests cost once is not the question.
-        bench.crowd(4, 20, "50")
-        yield bench
-    if text := log.read_text():
+        meter.crowd(4, 20, "50")
+        yield meter
+    if text := system.log.read_text():
         problems.append(f"{system.name} logged {text[:2_000]}")
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
 
+# By system and by what was measured, the figures of each round.
 Results = dict[tuple[str, str], list[Figures]]
 
 
-def run(systems: Sequence[System], arguments: argparse.Namespace, problems: list[str]) -> Results:
-    """Every figure of every round, by system and by what was measured."""
+def run(
+    systems: Sequence[System], mock: "subprocess.Popen[str]", arguments: argparse.Namespace, problems: list[str]
+) -> Results:
     results: Results = defaultdict(list)
     for number in range(arguments.rounds):
         # Who comes first finds another machine than who comes last.
         for system in systems if number % 2 == 0 else systems[::-1]:
             print(f"round {number + 1} of {arguments.rounds}: {system.name}", file=sys.stderr)
-            with running(system, problems) as bench:
-                results[system.name, "single"].append(bench.single())
-                results[system.name, "200"].append(bench.full_speed(16, arguments.turns, 200, arguments.seconds))
-                turns = arguments.turns // 4
-                results[system.name, "1000"].append(bench.full_speed(16, turns, 1_000, arguments.seconds))
-                results[system.name, "crowd"].append(bench.crowd(200, 200, "50"))
+            with metered(system, mock, problems) as meter:
+                results[system.name, "single"].append(meter.single())
+                for tokens, turns in ((200, arguments.turns), (1_000, arguments.turns // 4)):
+                    figures = meter.full_speed(16, turns, tokens, arguments.seconds)
+                    results[system.name, f"full {tokens}"].append(figures)
+                results[system.name, "crowd"].append(meter.crowd(200, 200, "50"))
     for system in systems:
         print(f"{arguments.streams} streams: {system.name}", file=sys.stderr)
-        with running(system, problems) as bench:
-            results[system.name, "many"].append(bench.many(arguments.streams, arguments.quiet))
+        with metered(system, mock, problems) as meter:
+            results[system.name, "quiet"].append(meter.quiet(arguments.streams, arguments.quiet))
+            if isinstance(system, Ours):
+                results[system.name, "routed"].append(meter.crowd(100, 200, "50", "--routed"))
     return results
 
 
 # --- Report ----------------------------------------------------------------------------------------------------------
 
 
-FLOOR, SQLITE, POSTGRESQL = "floor", "SQLite", "PostgreSQL"
+@dataclass(frozen=True)
+class Target:
+    """What a figure of ours has to be: against that of the floor (`times`, `more`), or alone."""
+
+    number: str
+    what: str
+    measured: str
+    figure: str
+    how: str
+    bounds: dict[str, float] = field(default_factory=dict)
+    at_least: bool = False
+
+    def compared(self, ours: float, floor: float) -> float:
+        if self.how == "times":
+            return ours / floor if floor else nan
+        return ours - floor if self.how == "more" else ours
+
+    def said(self, value: str) -> str:
+        return {"times": f"{value} times", "more": f"+ {value}", "alone": value}[self.how]
+
+    def cells(self, name: str, ours: list[float], floor: list[float]) -> Cells:
+        against = [self.compared(*pair) for pair in zip(ours, floor, strict=True)]
+        beside = (shown(floor), self.said(shown(against))) if self.how != "alone" else ("", "")
+        return self.number, self.what, name, shown(ours), *beside, *self.verdict(name, median(against))
+
+    def verdict(self, name: str, reached: float) -> tuple[str, str]:
+        if name not in self.bounds:
+            return "", ""
+        bound = self.bounds[name]
+        met = reached >= bound if self.at_least else reached <= bound
+        return f"{'>=' if self.at_least else '<='} {self.said(f'{bound:g}')}", "met" if met else "MISSED"
+
+
+def both(bound: float) -> dict[str, float]:
+    return {SQLITE: bound, POSTGRESQL: bound}
+
+
+RATES = {SQLITE: 0.45, POSTGRESQL: 0.40}
+TARGETS = (
+    Target("1", "tokens/s, 16 streams, 200 tokens a turn", "full 200", "rate", "times", RATES, at_least=True),
+    Target("1", "the same, 1,000 tokens a turn", "full 1000", "rate", "times"),
+    Target("2", "CPU per token, 200 streams of 50 tokens/s, since all stream, µs", "crowd", "cpu", "times", both(1.5)),
+    Target("2", "the same with their starts, µs", "crowd", "cpu_whole", "times", both(1.5)),
+    Target("3", "first token, one stream: median, ms", "single", "first", "more", both(10)),
+    Target("3", "first token, 200 streams that start together: median, ms", "crowd", "first_median", "times", both(3)),
+    Target("3", "the same, p95, ms", "crowd", "first_p95", "times"),
+    Target("4", "many open streams: errors", "quiet", "errors", "alone", both(0)),
+    Target("4", "many open streams: KiB each", "quiet", "kib", "times", both(2)),
+    Target("4", "many open streams: database connections", "quiet", "connections", "alone", both(4)),
+    Target("4", "many open streams: threads that they added", "quiet", "threads_more", "alone", both(POOL)),
+)
+FIGURES = (
+    ("CPU per token at full speed, 200 tokens a turn, µs", "full 200", "cpu"),
+    ("the same, 1,000 tokens a turn, µs", "full 1000", "cpu"),
+    ("PostgreSQL's CPU per token, 200 tokens a turn, µs", "full 200", "database_cpu"),
+    ("first token at full speed, 200 tokens a turn: median, ms", "full 200", "first"),
+    ("first token, one stream: p95, ms", "single", "first_p95"),
+    ("first token, 200 streams: the last, ms", "crowd", "first_max"),
+    ("age of a token, 200 streams, since all stream: median, ms", "crowd", "age_median"),
+    ("the same, p99, ms", "crowd", "age_p99"),
+    ("200 streams, from the first request to the last byte, s", "crowd", "seconds"),
+    *((f"100 routed streams: {said}", "routed", figure) for said, figure in (
+        ("first token, median, ms", "first_median"),
+        ("CPU per token with their starts, µs", "cpu_whole"),
+        ("age of a token, median, ms", "age_median"),
+        ("the same, p99, ms", "age_p99"),
+    )),
+    ("many open streams: first token, median, ms", "quiet", "first"),
+    ("many open streams: age of a token, p99, ms", "quiet", "age_p99"),
+    ("many open streams: threads", "quiet", "threads"),
+    *((f"{whose} core in use, {measured}", measured, f"{core}_core")
+      for measured in ("full 200", "full 1000", "crowd", "quiet")
+      for core, whose in (("server", "the server's"), ("load", "the load's"))),
+)  # fmt: skip
+
+
+def target_rows(results: Results) -> Iterator[Cells]:
+    yield "#", "what", "on", "ours", "floor", "ours to the floor", "target", ""
+    for target in TARGETS:
+        floor = [figures[target.figure] for figures in results[FLOOR, target.measured]]
+        for name in (SQLITE, POSTGRESQL):
+            ours = [figures[target.figure] for figures in results[name, target.measured]]
+            yield target.cells(name, ours, floor)
+
+
+def figure_rows(results: Results, names: Sequence[str]) -> Iterator[Cells]:
+    yield "", *names
+    for what, measured, figure in FIGURES:
+        yield what, *(shown([figures[figure] for figures in results[name, measured]]) for name in names)
 
 
 def shown(values: Sequence[float]) -> str:
-    middle, low, high = (number(value) for value in (median(values), min(values), max(values)))
+    """The median, and the lowest to the highest."""
+    if not values:
+        return ""
+    middle, low, high = (rounded(value) for value in (median(values), min(values), max(values)))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def number(value: float) -> str:
-    if abs(value) >= 1_000:
-        return f"{value:,.0f}"
-    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
-
-
-# number, what, measured, figure, how, at least or at most, for each of ours
-TARGETS: tuple[tuple[str, str, str, str, str, str, dict[str, float]], ...] = (
-    ("1", "tokens/s, 16 streams, 200 tokens a turn", "200", "rate", "ratio", ">=", {SQLITE: 0.45, POSTGRESQL: 0.40}),
-    ("1", "the same, 1,000 tokens a turn", "1000", "rate", "ratio", ">=", {}),
-    ("2", "CPU per token, 200 streams: steady, µs", "crowd", "cpu", "ratio", "<=", {SQLITE: 1.5, POSTGRESQL: 1.5}),
-    ("2", "the same, with starts and ends, µs", "crowd", "cpu_whole", "ratio", "<=", {SQLITE: 1.5, POSTGRESQL: 1.5}),
-    ("3", "first token, one stream, ms", "single", "first", "more", "<=", {SQLITE: 10, POSTGRESQL: 10}),
-    ("3", "first token, 200 streams: median, ms", "crowd", "first", "ratio", "<=", {SQLITE: 3, POSTGRESQL: 3}),
-    ("3", "the same, p95, ms", "crowd", "first_p95", "ratio", "<=", {}),
-    ("4", "open streams: errors", "many", "errors", "alone", "<=", {SQLITE: 0, POSTGRESQL: 0}),
-    ("4", "open streams: KiB each", "many", "memory", "ratio", "<=", {SQLITE: 2, POSTGRESQL: 2}),
-    ("4", "open streams: database connections", "many", "connections", "alone", "<=", {SQLITE: 4, POSTGRESQL: 4}),
-)
-
-
-def target_rows(results: Results) -> Iterator[tuple[str, ...]]:
-    yield "#", "what", "on", "ours", "floor", "compared", "target", ""
-    for mark, what, measured, figure, how, sign, targets in TARGETS:
-        for name in (SQLITE, POSTGRESQL):
-            if not results[name, measured]:
-                continue
-            ours = [figures[figure] for figures in results[name, measured]]
-            floor = [figures[figure] for figures in results[FLOOR, measured]]
-            against = [compared(how, *pair) for pair in zip(ours, floor, strict=True)]
-            middle = median(against)
-            verdict = ""
-            if name in targets:
-                met = middle >= targets[name] if sign == ">=" else middle <= targets[name]
-                verdict = "met" if met else "MISSED"
-            target = f"{sign} {PREFIXES[how].format(number(targets[name]))}" if name in targets else ""
-            yield (
-                mark,
-                what,
-                name,
-                shown(ours),
-                shown(floor) if how != "alone" else "",
-                PREFIXES[how].format(shown(against)) if how != "alone" else "",
-                target,
-                verdict,
-            )
-
-
-PREFIXES = {"ratio": "{} times", "more": "+ {}", "alone": "{}"}
-
-
-def compared(how: str, ours: float, floor: float) -> float:
-    if how == "ratio":
-        return ours / floor if floor else float("nan")
-    return ours - floor if how == "more" else ours
-
-
-FIGURES = (
-    ("CPU per token at full speed, 200 a turn, µs", "200", "cpu"),
-    ("the same, 1,000 a turn, µs", "1000", "cpu"),
-    ("PostgreSQL's own CPU per token, 200 a turn, µs", "200", "database_cpu"),
-    ("first token at full speed, 200 a turn: median, ms", "200", "first"),
-    ("age of a token, 200 streams at 50 tokens/s: median, ms", "crowd", "age"),
-    ("the same, p99, ms", "crowd", "age_p99"),
-    ("first token, one stream: p95, ms", "single", "first_p95"),
-    ("open streams: first token, median, ms", "many", "first"),
-    ("open streams: age of a token, p99, ms", "many", "age_p99"),
-    *(
-        (f"share of {whose} core, {what}", measured, f"{core}_core")
-        for measured, what in (("200", "200 a turn"), ("1000", "1,000 a turn"), ("crowd", "200 streams"))
-        for core, whose in (("server", "the server's"), ("load", "the load's"))
-    ),
-)
-
-
-def figure_rows(results: Results, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    yield "", *names
-    for what, measured, figure in FIGURES:
-        cells = [shown([figures[figure] for figures in results[name, measured]]) for name in names]
-        yield what, *cells
+def rounded(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def limits(results: Results) -> Iterator[str]:
+    """Where model and clients (and PostgreSQL, if it is there) were the limit."""
     for (name, measured), rounds in results.items():
-        share = median(figures.get("load_core", 0) for figures in rounds)
-        if share > NEAR_LIMIT:
-            yield f"LIMIT: {share:.0%} of the load's core was in use ({name}, {measured}): the server may do more."
+        shares = [figures["load_core"] for figures in rounds if "load_core" in figures]
+        if shares and max(shares) > LIMIT:
+            yield f"LIMIT: {max(shares):.0%} of the load's core in use ({name}, {measured}): the server may do more."
 
 
 def about() -> str:
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
-        f"{now}; {model.partition(':')[2].strip()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
-        f"Linux {platform.release()}; `{' '.join(['python', *sys.argv])}`"
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {model.partition(':')[2].strip()}, {len(CORES)} cores; "
+        f"Linux {platform.release()}, Python {platform.python_version()}; `{' '.join(['python', *sys.argv])}`"
     )
 
 
-def check_rows(folder: Path) -> Iterator[tuple[str, ...]]:
-    seconds = check_seconds(folder)
+# --- Starting --------------------------------------------------------------------------------------------------------
+
+
+def start_rows(folder: Path) -> Iterator[Cells]:
     yield "#", "what", "", "target", ""
-    yield "10", "manage.py check, median of 5, s", number(seconds), "<= 1.5", "met" if seconds <= 1.5 else "MISSED"
+    check = check_seconds(folder)
+    yield "10", "manage.py check, median of 5, s", rounded(check), "<= 1.5", "met" if check <= 1.5 else "MISSED"
     imported = model_libraries(folder)
     yield (
         "10",
@@ -460,32 +369,63 @@ def check_rows(folder: Path) -> Iterator[tuple[str, ...]]:
         "none",
         "MISSED" if imported else "met",
     )
+    first, second = start_seconds(folder)
+    yield "", "`make run` until it answers: first, second start, s", f"{rounded(first)}, {rounded(second)}", "", ""
+
+
+def check_seconds(folder: Path) -> float:
+    """`manage.py check`, median of five."""
+
+    def check() -> float:
+        began = time.monotonic()
+        checked(folder)
+        return time.monotonic() - began
+
+    return median(check() for _ in range(5))
 
 
 def model_libraries(folder: Path) -> list[str]:
-    command = [sys.executable, "-X", "importtime", "manage.py", "check"]
+    modules = {line.rpartition("|")[2].strip() for line in checked(folder, "-X", "importtime").splitlines()}
+    return [name for name in MODEL_LIBRARIES if name in modules]
+
+
+def checked(folder: Path, *options: str) -> str:
+    """What `manage.py check` writes on its standard error."""
+    command = [sys.executable, *options, "manage.py", "check"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(folder), check=True, capture_output=True, text=True, timeout=PATIENCE
     )
-    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    return [name for name in MODEL_LIBRARIES if name in modules]
+    return done.stderr
+
+
+def start_seconds(folder: Path) -> tuple[float, float]:
+    """What `make run` runs, until it answers: on an empty folder, and for the second time."""
+    port = free_port()
+    env = environment(folder, PORT=str(port), DATABASE_URL=f"sqlite:///{folder / 'start.sqlite3'}")
+
+    def start() -> float:
+        began = time.monotonic()
+        command = ["-m", "orchestrator_site.serve"]
+        with ended_after(python(*command, env=env, core=set(CORES), stdout=subprocess.DEVNULL)) as server:
+            wait_healthy(server, port)
+            return time.monotonic() - began
+
+    return start(), start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3, help="how long each run at full speed counts")
-    parser.add_argument("--turns", type=int, default=480, help="of 200 tokens, at most, in each run at full speed")
-    parser.add_argument("--streams", type=int, default=1_000, help="that are open at once, at one token a second")
-    parser.add_argument("--quiet", type=int, default=12, help="tokens of each of those")
-    parser.add_argument("--no-postgresql", action="store_true")
+    parser.add_argument("--seconds", type=float, default=2.5, help="how long each run at full speed counts")
+    parser.add_argument("--turns", type=int, default=400, help="of 200 tokens, at most, in each of those")
+    parser.add_argument("--streams", type=int, default=1_000, help="that are open at once, with a token a second")
+    parser.add_argument("--quiet", type=int, default=20, help="tokens of each of those")
     arguments = parser.parse_args(argv)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # of this process, and of those that it starts
     os.sched_setaffinity(0, LOAD_CORE)
     folder = Path(tempfile.mkdtemp(prefix="countersign-bench-"))
-    # PostgreSQL's user has to get to its data.
-    folder.chmod(0o755)
+    folder.chmod(0o755)  # PostgreSQL may run as another user
     try:
         return measure(folder, arguments)
     finally:
@@ -494,25 +434,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> int:
     postgresql = PostgreSQL(folder / "postgresql")
-    systems: list[System] = [System(FLOOR, bare=True), Ours(SQLITE, arguments.streams)]
-    if not arguments.no_postgresql:
-        systems.append(OnPostgreSQL(POSTGRESQL, arguments.streams, postgresql))
+    systems = [
+        Floor(FLOOR, folder / "floor"),
+        Ours(SQLITE, folder / "sqlite", arguments.streams),
+        OnPostgreSQL(POSTGRESQL, folder / "ours", postgresql, arguments.streams),
+    ]
     problems: list[str] = []
-    mock = python(str(HERE / "mock_model.py"), env={"PATH": os.environ["PATH"]}, core=LOAD_CORE, stdout=subprocess.PIPE)
     with ExitStack() as end:
+        postgresql.start()
         end.callback(postgresql.stop)
-        model = f"http://127.0.0.1:{line_of(end.enter_context(ended_after(mock)))}/v1"
+        mock = end.enter_context(mock_model())
+        model = base_url(mock)
         for system in systems:
-            (folder / system.name).mkdir()
-            system.prepare(folder / system.name, model)
-        results = run(systems, arguments, problems)
+            system.prepare(model)
+        results = run(systems, mock, arguments, problems)
+    os.sched_setaffinity(0, set(CORES))
     print(about(), end="\n\n")
     print_markdown(list(target_rows(results)))
     print()
-    print_markdown(list(figure_rows(results, [system.name for system in systems])))
+    print_markdown(list(start_rows(folder)))
     print()
-    print_markdown(list(check_rows(folder)))
-    for line in [*limits(results), *problems]:
+    print_markdown(list(figure_rows(results, [system.name for system in systems])))
+    for line in ["", *limits(results), *(f"PROBLEM: {problem}" for problem in problems)]:
         print(line)
     return 1 if problems else 0
 

@@ -317,12 +317,14 @@ def report(
     is_whole_session: bool = False,
 ) -> dict[str, object]:
     ages, steady, firsts, lasts, problems = [], [], [], [], []
+    due = set(range(expected))
     lost = repeated = disordered = between = 0
     for turn in turns:
         tokens = turn.tokens()
         numbers = [number for number, _, _ in tokens]
-        lost += len(set(range(expected)).difference(numbers))
-        repeated += len(numbers) - len(set(numbers))
+        read = len(due.intersection(numbers))
+        lost += len(due) - read
+        repeated += len(numbers) - read
         disordered += numbers != sorted(numbers)
         ages += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens]
         steady += [(read_at - sent_at) / 1e6 for _, sent_at, read_at in tokens if sent_at > streaming_at]

@@ -53,6 +53,8 @@ from orchestrator_site.local_services import PostgreSQL  # not installed: it lie
 
 # Above this share of its core, the load and not the server is the limit.
 LIMIT = 0.95
+# More than this of the server's core used by others, and it is not the server that was measured.
+DISTURBED = 0.05
 MODEL_LIBRARIES = ("aiohttp", "openai", "pydantic_ai")
 FAULTS = ("failed", "lost", "repeated", "disordered")
 SINGLES = 20
@@ -176,8 +178,7 @@ class Meter:
             "threads_more": most.threads - idle.threads,
             "first": seen["first_token_ms"]["median"],
             "age_p99": seen["steady_age_ms"]["p99"],
-            "server_core": after.share(before, "server_core"),
-            "load_core": after.share(before, "load_core"),
+            **cores(before, after),
         }
 
 
@@ -186,9 +187,15 @@ def costs(before: Used, after: Used, tokens: int) -> Figures:
     return {
         "cpu": (after.server - before.server) / tokens * 1e6 if tokens else nan,
         "database_cpu": (after.database - before.database) / tokens * 1e6 if tokens else nan,
-        "server_core": after.share(before, "server_core"),
-        "load_core": after.share(before, "load_core"),
+        **cores(before, after),
     }
+
+
+def cores(before: Used, after: Used) -> Figures:
+    """The shares of the two cores that were in use, and of the server's by others than it."""
+    server = after.share(before, "server_core")
+    others = server - after.share(before, "server")
+    return {"server_core": server, "load_core": after.share(before, "load_core"), "others": others}
 
 
 @contextmanager
@@ -339,11 +346,15 @@ def rounded(value: float) -> str:
 
 
 def limits(results: Results) -> Iterator[str]:
-    """Where model and clients (and PostgreSQL, if it is there) were the limit."""
+    """Where something else than the server was the limit: model, clients and PostgreSQL, or what else ran."""
     for (name, measured), rounds in results.items():
-        shares = [figures["load_core"] for figures in rounds if "load_core" in figures]
-        if shares and max(shares) > LIMIT:
-            yield f"LIMIT: {max(shares):.0%} of the load's core in use ({name}, {measured}): the server may do more."
+        measured_cores = [figures for figures in rounds if "load_core" in figures]
+        load = max((figures["load_core"] for figures in measured_cores), default=0.0)
+        others = max((figures["others"] for figures in measured_cores), default=0.0)
+        if load > LIMIT:
+            yield f"LIMIT: {load:.0%} of the load's core in use ({name}, {measured}): the server may do more."
+        if others > DISTURBED:
+            yield f"DISTURBED: others used {others:.0%} of the server's core ({name}, {measured})."
 
 
 def about() -> str:

@@ -31,7 +31,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from urllib.parse import urlencode
 
 import uvloop
 
@@ -45,22 +46,68 @@ SETTLING_SECONDS = 0.5
 MAKERS = 8
 
 
-@dataclass(frozen=True)
+class Request(NamedTuple):
+    """A POST, and the status of its answer."""
+
+    path: str
+    body: dict[str, Any]
+    status: int
+
+
 class Dialect:
-    """How a server is asked for a turn, and what it answers. A path may name the session."""
+    """How a server is asked for a turn, and how its answer reads."""
 
-    path: str = "/agent/message/stream"
-    token: re.Pattern[bytes] = TOKEN
-    end: bytes = b"event: done"
-    # Sessions are made before the turn; the answer comes once more as a whole, and the turn says how it ended.
-    keeps: bool = False
+    path = "/agent/message/stream"
+    content_type = "application/json"
+    token = TOKEN
+    end = b"event: done"
+    # The answer comes once more as a whole, and the turn says how it ended.
+    repeats = False
 
-    def body(self, session_id: str, message: str) -> dict[str, Any]:
-        return {"session_id": session_id, "message": {"type": "user_message", "content": message}}
+    def body(self, session_id: str, message: str) -> bytes:
+        text = {"type": "user_message", "content": message}
+        return json.dumps({"session_id": session_id, "message": text}).encode()
+
+    def before(self, session_id: str, *, routed: bool) -> list[Request]:
+        """What has to be asked before the turn."""
+        return []
 
 
-OURS = Dialect(keeps=True)
-DIALECTS = {"ours": OURS, "bare": Dialect()}
+class Ours(Dialect):
+    repeats = True
+
+    def before(self, session_id: str, *, routed: bool) -> list[Request]:
+        made = Request("/sessions", {"session_id": session_id}, 201)
+        switch = {"target_agent": "coder", "reason": "benchmark"}
+        return [made] if routed else [made, Request(f"/agents/{session_id}/switch", switch, 200)]
+
+
+class Agno(Dialect):
+    path = "/agents/bench/runs"
+    content_type = "application/x-www-form-urlencoded"
+    token = re.compile(rb'"event":"RunContent",[^\n]*?"content":"([^"]*)"')
+    end = b"event: RunCompleted"
+
+    def body(self, session_id: str, message: str) -> bytes:
+        return urlencode({"message": message, "session_id": session_id, "stream": "true"}).encode()
+
+
+class Aegra(Dialect):
+    path = "/threads/{session_id}/runs/stream"
+    token = re.compile(rb'data: \[{"content":"([^"]*)"')
+    end = b'{"status":"success"}'
+
+    def body(self, session_id: str, message: str) -> bytes:
+        messages = [{"role": "user", "content": message}]
+        asked = {"assistant_id": "bench", "input": {"messages": messages}, "stream_mode": ["messages-tuple"]}
+        return json.dumps(asked).encode()
+
+    def before(self, session_id: str, *, routed: bool) -> list[Request]:
+        return [Request("/threads", {"thread_id": session_id}, 200)]
+
+
+OURS = Ours()
+DIALECTS = {"ours": OURS, "bare": Dialect(), "agno": Agno(), "aegra": Aegra()}
 
 
 @dataclass
@@ -99,7 +146,7 @@ class Turn:
         body, _, _ = dechunked(self.raw)
         if not is_whole_session and self.dialect.end not in body:
             return "the stream broke off"
-        if not self.dialect.keeps:
+        if not self.dialect.repeats:
             return None
         if b"".join(WHOLE.findall(body)) != b"".join(self.dialect.token.findall(body)):
             return "the whole answer is not its tokens"
@@ -187,28 +234,22 @@ class Load:
 
     def sessions(self, count: int) -> list[str]:
         """New sessions; on the coder from the start, unless their messages are to be routed."""
-        ids = [f"bench-{uuid.uuid4().hex}" for _ in range(count)]
-        if self.dialect.keeps:
-            with ThreadPoolExecutor(MAKERS) as makers:
-                list(makers.map(self._make, [ids[start::MAKERS] for start in range(MAKERS)]))
+        ids = [str(uuid.uuid4()) for _ in range(count)]
+        with ThreadPoolExecutor(MAKERS) as makers:
+            list(makers.map(self._make, [ids[start::MAKERS] for start in range(MAKERS)]))
         return ids
 
     def _make(self, session_ids: list[str]) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        for session_id in session_ids:
-            self._post(connection, "/sessions", {"session_id": session_id}, 201)
-            if not self.routed:
-                switch = {"target_agent": "coder", "reason": "benchmark"}
-                self._post(connection, f"/agents/{session_id}/switch", switch, 200)
-        connection.close()
-
-    def _post(self, connection: http.client.HTTPConnection, path: str, body: object, expected: int) -> None:
         headers = {"X-Internal-Auth": self.key, "Content-Type": "application/json"}
-        connection.request("POST", path, json.dumps(body), headers)
-        response = connection.getresponse()
-        text = response.read()
-        if response.status != expected:
-            raise RuntimeError(f"POST {path}: {response.status} {text[:200]!r}")
+        for session_id in session_ids:
+            for asked in self.dialect.before(session_id, routed=self.routed):
+                connection.request("POST", asked.path, json.dumps(asked.body), headers)
+                response = connection.getresponse()
+                text = response.read()
+                if response.status != asked.status:
+                    raise RuntimeError(f"POST {asked.path}: {response.status} {text[:200]!r}")
+        connection.close()
 
     async def follow(self, session_ids: list[str]) -> list[Follower]:
         """Readers of these sessions' streams, at the other server; each has its answer by now."""
@@ -286,11 +327,11 @@ class Load:
 
     def _message(self, session_id: str) -> bytes:
         message = f"Please write the function that we spoke of. {self.order}"
-        body = json.dumps(self.dialect.body(session_id, message)).encode()
+        body = self.dialect.body(session_id, message)
         path = self.dialect.path.format(session_id=session_id)
         return (
             f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Internal-Auth: {self.key}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            f"Content-Type: {self.dialect.content_type}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         ).encode() + body
 
 

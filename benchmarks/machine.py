@@ -74,11 +74,11 @@ def ended_after(process: "subprocess.Popen[str]") -> Iterator["subprocess.Popen[
                 pipe.close()
 
 
-def wait_healthy(process: "subprocess.Popen[str]", port: int, path: str = "/health") -> None:
+def wait_healthy(process: "subprocess.Popen[str]", port: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
         except (urllib.error.URLError, ConnectionError):
             if process.poll() is not None or time.monotonic() > deadline:

@@ -45,7 +45,8 @@ from machine import (
     python,
     wait_healthy,
 )
-from systems import POOL, Bench, Floor, OnPostgreSQL, Ours, System, base_url, mock_model, running
+from peers import Aegra, Agno, Peer
+from systems import POOL, Bench, Floor, Ours, System, base_url, mock_model, running
 from tables import Cells, print_markdown
 
 sys.path.insert(0, str(ROOT))
@@ -55,6 +56,8 @@ from orchestrator_site.local_services import PostgreSQL  # not installed: it lie
 LIMIT = 0.95
 # More than this of the server's core used by others, and it is not the server that was measured.
 DISTURBED = 0.05
+# One turn of theirs takes some seconds.
+PEER_TIMES = 4
 MODEL_LIBRARIES = ("aiohttp", "openai", "pydantic_ai")
 FAULTS = ("failed", "lost", "repeated", "disordered")
 SINGLES = 20
@@ -200,13 +203,14 @@ def cores(before: Used, after: Used) -> Figures:
 
 @contextmanager
 def metered(system: System, mock: "subprocess.Popen[str]", problems: list[str]) -> Iterator[Meter]:
-    """The system, started anew. What it logs is a problem."""
+    """The system, started anew. What ours and the floor log is a problem."""
     with running(system, mock) as bench:
         meter = Meter(bench, problems)
         # What the first requests cost once is not the question.
         meter.crowd(4, 20, "50")
         yield meter
-    if text := system.log.read_text():
+    text = system.log.read_text()
+    if text and not isinstance(system, Peer):
         problems.append(f"{system.name} logged {text[:2_000]}")
 
 
@@ -226,11 +230,17 @@ def run(
             print(f"round {number + 1} of {arguments.rounds}: {system.name}", file=sys.stderr)
             with metered(system, mock, problems) as meter:
                 results[system.name, "single"].append(meter.single())
+                if isinstance(system, Peer):
+                    figures = meter.full_speed(16, arguments.turns, 200, arguments.seconds * PEER_TIMES)
+                    results[system.name, "full 200"].append(figures)
+                    continue
                 for tokens, turns in ((200, arguments.turns), (1_000, arguments.turns // 4)):
                     figures = meter.full_speed(16, turns, tokens, arguments.seconds)
                     results[system.name, f"full {tokens}"].append(figures)
                 results[system.name, "crowd"].append(meter.crowd(200, 200, "50"))
     for system in systems:
+        if isinstance(system, Peer):
+            continue
         print(f"{arguments.streams} streams: {system.name}", file=sys.stderr)
         with metered(system, mock, problems) as meter:
             results[system.name, "quiet"].append(meter.quiet(arguments.streams, arguments.quiet))
@@ -327,10 +337,19 @@ def target_rows(results: Results) -> Iterator[Cells]:
             yield target.cells(name, ours, floor)
 
 
-def figure_rows(results: Results, names: Sequence[str]) -> Iterator[Cells]:
+def figure_rows(results: Results, systems: Sequence[System], rows: Sequence[tuple[str, str, str]]) -> Iterator[Cells]:
+    names = [system.name for system in systems]
     yield "", *names
-    for what, measured, figure in FIGURES:
+    for what, measured, figure in rows:
         yield what, *(shown([figures[figure] for figures in results[name, measured]]) for name in names)
+
+
+PEER_FIGURES = (
+    ("tokens/s, 16 streams, 200 tokens a turn", "full 200", "rate"),
+    ("CPU per token meanwhile, µs", "full 200", "cpu"),
+    ("PostgreSQL's CPU per token, µs", "full 200", "database_cpu"),
+    ("first token, one stream: median, ms", "single", "first"),
+)
 
 
 def shown(values: Sequence[float]) -> str:
@@ -431,6 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=400, help="of 200 tokens, at most, in each of those")
     parser.add_argument("--streams", type=int, default=1_000, help="that are open at once, with a token a second")
     parser.add_argument("--quiet", type=int, default=20, help="tokens of each of those")
+    parser.add_argument("--peers", action="store_true", help="Agno and Aegra too: `make bench-peers` installs them")
     arguments = parser.parse_args(argv)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # of this process, and of those that it starts
@@ -445,11 +465,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> int:
     postgresql = PostgreSQL(folder / "postgresql")
-    systems = [
+    systems: list[System] = [
         Floor(FLOOR, folder / "floor"),
-        Ours(SQLITE, folder / "sqlite", arguments.streams),
-        OnPostgreSQL(POSTGRESQL, folder / "ours", postgresql, arguments.streams),
+        Ours(SQLITE, folder / "sqlite", streams=arguments.streams),
+        Ours(POSTGRESQL, folder / "ours", postgresql, streams=arguments.streams),
     ]
+    if arguments.peers:
+        systems += [Agno("Agno", folder / "agno"), Aegra("Aegra", folder / "aegra", postgresql)]
     problems: list[str] = []
     with ExitStack() as end:
         postgresql.start()
@@ -465,7 +487,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> int:
     print()
     print_markdown(list(start_rows(folder)))
     print()
-    print_markdown(list(figure_rows(results, [system.name for system in systems])))
+    print_markdown(list(figure_rows(results, [system for system in systems if not isinstance(system, Peer)], FIGURES)))
+    if arguments.peers:
+        print()
+        print_markdown(list(figure_rows(results, systems, PEER_FIGURES)))
     for line in ["", *limits(results), *(f"PROBLEM: {problem}" for problem in problems)]:
         print(line)
     return 1 if problems else 0

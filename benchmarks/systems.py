@@ -37,7 +37,6 @@ from orchestrator_site.local_services import PostgreSQL  # not installed: it lie
 NEAR_LIMIT = 0.7
 # What may be added by any number of streams: the database threads of events_app/database.py and their connections.
 POOL = 4
-DATABASE = "bench"
 
 
 @contextmanager
@@ -50,23 +49,31 @@ def mock_model(rate: float = 50, tokens: int = 200) -> Iterator["subprocess.Pope
 
 
 class System:
-    """A server. `dialect`: how the clients (load.py) speak with it."""
+    """A server. `dialect`: how the clients (load.py) speak with it. `postgresql`: where its database is, if it has one."""
 
     dialect = ""
-    health = "/health"
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, postgresql: PostgreSQL | None = None) -> None:
         self.name = name
         self.folder = folder
+        self.postgresql = postgresql
 
     @property
     def log(self) -> Path:
         return self.folder / "server.log"
 
+    @property
+    def database_url(self) -> str:
+        """Of a database of its own."""
+        assert self.postgresql
+        return self.postgresql.url(self.dialect)
+
     def prepare(self, model: str) -> None:
         """Once, before it is started for the first time. `model`: the base URL."""
         self.folder.mkdir(exist_ok=True)
         self.model = model
+        if self.postgresql:
+            administer(self.postgresql, f"CREATE DATABASE {self.dialect}")
 
     def command(self, port: int) -> list[str]:
         raise NotImplementedError
@@ -75,12 +82,13 @@ class System:
         return {"PATH": os.environ["PATH"]}
 
     def connections(self, pid: int) -> int:
-        """How many it has to its database."""
-        return 0
+        """How many it has to PostgreSQL."""
+        assert self.postgresql
+        return administer(self.postgresql, "SELECT datname FROM pg_stat_activity").count((self.dialect,))
 
     def database_cpu(self) -> float:
-        """Seconds used by a database that is not part of the server."""
-        return 0.0
+        """Seconds used by PostgreSQL."""
+        return family_cpu_seconds(self.postgresql.process.pid) if self.postgresql and self.postgresql.process else 0.0
 
 
 class Floor(System):
@@ -89,16 +97,21 @@ class Floor(System):
     def command(self, port: int) -> list[str]:
         return [sys.executable, str(HERE / "floor.py"), "--port", str(port), "--model", self.model]
 
+    def connections(self, pid: int) -> int:
+        return 0
+
 
 class Ours(System):
-    """As production starts it, on SQLite. More `streams` than it takes by default need settings."""
+    """As production starts it. For more streams than it takes by default it needs settings."""
 
     dialect = "ours"
 
-    def __init__(self, name: str, folder: Path, streams: int = 0) -> None:
-        super().__init__(name, folder)
-        self.database = folder / "bench.sqlite3"
-        self.places = {"TURNS_AT_ONCE": str(max(1_000, streams)), "STREAMS_AT_ONCE": str(max(5_000, streams))}
+    def __init__(self, name: str, folder: Path, postgresql: PostgreSQL | None = None, *, streams: int = 0) -> None:
+        super().__init__(name, folder, postgresql)
+        self.file = folder / "bench.sqlite3"
+        self.settings = {"TURNS_AT_ONCE": str(max(1_000, streams)), "STREAMS_AT_ONCE": str(max(5_000, streams))}
+        if postgresql:
+            self.settings["DATABASE_URL"] = self.database_url
 
     def prepare(self, model: str) -> None:
         super().prepare(model)
@@ -109,32 +122,10 @@ class Ours(System):
         return [sys.executable, "-m", "orchestrator_site.web"]
 
     def env(self, port: int) -> dict[str, str]:
-        return environment(self.folder, PORT=str(port), LLM_BASE_URL=self.model, **self.places)
+        return environment(self.folder, PORT=str(port), LLM_BASE_URL=self.model, **self.settings)
 
     def connections(self, pid: int) -> int:
-        return list(open_files(pid)).count(str(self.database))
-
-
-class OnPostgreSQL(Ours):
-    """Ours, on a server of its own that keeps what it acknowledged."""
-
-    def __init__(self, name: str, folder: Path, server: PostgreSQL, streams: int = 0) -> None:
-        super().__init__(name, folder, streams)
-        self.server = server
-
-    def prepare(self, model: str) -> None:
-        administer(self.server, f"CREATE DATABASE {DATABASE}")
-        super().prepare(model)
-
-    def env(self, port: int) -> dict[str, str]:
-        return {**super().env(port), "DATABASE_URL": self.server.url(DATABASE)}
-
-    def connections(self, pid: int) -> int:
-        return administer(self.server, "SELECT datname FROM pg_stat_activity").count((DATABASE,))
-
-    def database_cpu(self) -> float:
-        assert self.server.process
-        return family_cpu_seconds(self.server.process.pid)
+        return super().connections(pid) if self.postgresql else list(open_files(pid)).count(str(self.file))
 
 
 def administer(server: PostgreSQL, statement: str) -> list[tuple[Any, ...]]:
@@ -172,7 +163,7 @@ def running(system: System, mock: "subprocess.Popen[str]") -> Iterator[Bench]:
         output = {"stdout": subprocess.DEVNULL, "stderr": log}
         process = started(system.command(port), env=system.env(port), core=SERVER_CORE, **output)
     with ended_after(process) as server:
-        wait_healthy(server, port, system.health)
+        wait_healthy(server, port)
         yield Bench(system, server, mock, port)
 
 

@@ -49,7 +49,7 @@ def mock_model(rate: float = 50, tokens: int = 200) -> Iterator["subprocess.Pope
 
 
 class System:
-    """A server. `dialect`: how the clients (load.py) speak with it. `postgresql`: where its database is, if it has one."""
+    """A server. `dialect`: how clients (load.py) speak with it. `postgresql`: where its database is, if there."""
 
     dialect = ""
 

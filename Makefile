@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run scaled test test-postgres faults lint bench screenshots lock
+.PHONY: run scaled test test-postgres faults lint bench bench-peers screenshots lock
 
 run: $(VENV)/installed
 	@$(BIN)/python -m orchestrator_site.serve
@@ -32,12 +32,17 @@ lint: $(VENV)/installed-dev
 	SECRET_KEY=only-for-reading-the-settings-of-a-type-check $(BIN)/mypy .
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/turns.py
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/decisions.py
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/streams.py
 	$(BIN)/python benchmarks/scaled.py
+
+# Agno and Aegra beside ours, each in an environment of its own.
+PEERS := benchmarks/peers/.venv
+bench-peers: $(VENV)/installed-dev $(PEERS)/agno/installed $(PEERS)/aegra/installed
+	$(BIN)/python benchmarks/speed.py --peers
 
 screenshots: $(VENV)/installed-dev
 	$(BIN)/python docs/take_screenshots.py
@@ -51,6 +56,12 @@ $(VENV)/installed: requirements.lock
 
 $(VENV)/installed-dev: requirements-dev.lock $(VENV)/installed
 	@echo "Installing test tools..." && $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# The files name everything that is needed. Aegra asks for Python 3.12, and runs on 3.11 all the same.
+$(PEERS)/%/installed: benchmarks/peers/%.txt
+	@$(PYTHON) -m venv $(@D)
+	@echo "Installing $*..." && $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python -r $<
 	@touch $@
 
 # For those who change dependencies: resolves pyproject.toml anew. No index host gets into the files.

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from decisions import print_markdown
-from scaled import spread
-from turns import ROOT, cpu_seconds, environment
+from machine import ROOT, cpu_seconds, environment
+from tables import print_markdown, spread
 
 sys.path.insert(0, str(ROOT))
 from orchestrator_site.local_services import Redis

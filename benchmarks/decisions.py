@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,8 +26,10 @@ from typing import Any
 import uvloop
 from deciders import VERDICTS, Clients, Decided, Race, WaitingCall
 from load import percentile
-from turns import KEY, LOAD_CORE, NEAR_LIMIT, Bench, at_most, begin, cpu_seconds, ended_after, line_of, percent, running
-from turns import verdict as met
+from machine import KEY, LOAD_CORE, begin, cpu_seconds, ended_after, line_of
+from systems import NEAR_LIMIT, Bench, ours_running
+from tables import at_most, listed, percent, print_markdown
+from tables import verdict as met
 
 TARGET_READ_MS = 100
 TARGET_RACE_SECONDS = 2.0
@@ -144,11 +146,12 @@ async def measure(bench: Bench, arguments: argparse.Namespace) -> Result:
     await (await work(2 * EVERY_IN_STREAM, 1)).measure(bench, arguments.deciders, seconds)
     first, second = [await work(arguments.decisions, arguments.rounds) for _ in range(2)]
     alone = await first.measure(bench, arguments.deciders, seconds)
-    with ended_after(bench.load(arguments.turns, arguments.tokens, routed=False)) as load:
+    with ended_after(bench.load(arguments.turns, arguments.tokens)) as load:
         await asyncio.to_thread(line_of, load)  # its sessions exist
         begin(load)
         await asyncio.to_thread(line_of, load)  # every stream has its first token
         loaded = await second.measure(bench, arguments.deciders, seconds, load)
+        await asyncio.to_thread(line_of, load)  # all have ended
         turns = json.loads(await asyncio.to_thread(line_of, load))
     problems = [*alone.problems(), *loaded.problems(), *turns["problems"]]
     problems += [f"{turns[name]} {name} in the turns" for name in LOST if turns[name]]
@@ -225,21 +228,10 @@ def spread(times: list[float]) -> str:
     return f"{listed(f'{time:.1f}' for time in (min(times, default=NOTHING), middle(times), *shares))} ms"
 
 
-def listed(values: Iterable[object]) -> str:
-    return ", ".join(map(str, values))
-
-
 def others(setting: Setting) -> str:
     model = max(setting.deciding.model, setting.racing.model)
     clients = max(setting.deciding.clients, setting.racing.clients)
     return f"{percent(model)}, {percent(clients)}{' NEAR THEIR LIMIT' if model + clients > NEAR_LIMIT else ''}"
-
-
-def print_markdown(lines: Sequence[Row]) -> None:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width for width in widths]
-    for line in (lines[0], rule, *lines[1:]):
-        print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(folder: Path, arguments: argparse.Namespace) -> int:
-    with running(folder, arguments.rate, arguments.tokens) as bench:
+    with ours_running(folder, arguments.rate, arguments.tokens) as bench:
         try:
             result = uvloop.run(asyncio.wait_for(measure(bench, arguments), LONGEST))
         except TimeoutError:

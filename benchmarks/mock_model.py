@@ -6,12 +6,14 @@ Prints its port, then serves until it is ended. It does far less per token than 
 measured is the server. A token is `<number>:<nanoseconds> `, by the monotonic clock, which all processes share.
 
 A user's message that names write_file is answered with a call of that tool, and the result of a call with a few words.
-One that asks for an answer at once gets its tokens without any delay.
+One that says `200 tokens at 50 a second` gets those, `at no delay` as fast as they are read, and so one that asks for
+an answer at once. Each token is a write of its own; with no delay the next waits until all other answers had theirs.
 """
 
 import argparse
 import asyncio
 import json
+import re
 import time
 from typing import Any, cast
 
@@ -21,6 +23,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding
 ROUTED = json.dumps({"agent": "coder", "confidence": "high", "reasoning": "bench"})
 WRITE = "write_file"
 AT_ONCE = "at once"
+NO_DELAY = "no delay"
+ORDER = re.compile(rf"(\d+) tokens at ([\d.]+|{NO_DELAY})")
 WRITTEN = json.dumps({"path": "src/notes.py", "content": "# A line of a file that somebody has to sign off.\n" * 20})
 CALL = {"index": 0, "id": "call_bench", "type": "function", "function": {"name": WRITE, "arguments": WRITTEN}}
 
@@ -53,16 +57,25 @@ class Connection(asyncio.Protocol):
         self.tokens = tokens
         self.loop = asyncio.get_running_loop()
         self.received = b""
-        self.timer: asyncio.TimerHandle | None = None
-        self.seconds = self.began = 0.0
+        self.next: asyncio.Handle | None = None
+        self.is_paused = False
+        self.wanted, self.seconds, self.began = tokens, 0.0, 0.0
         self.sent = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
+        if self.next is not None:
+            self.next.cancel()
+
+    def pause_writing(self) -> None:
+        self.is_paused = True
+
+    def resume_writing(self) -> None:
+        self.is_paused = False
+        if self.next is None and self.sent < self.wanted:
+            self.send_token()
 
     def data_received(self, data: bytes) -> None:
         self.received += data
@@ -83,19 +96,30 @@ class Connection(asyncio.Protocol):
             self.transport.write(HEAD + as_chunk(event({"content": "Understood."})) + ending(1))
             return
         self.transport.write(HEAD + as_chunk(event({"role": "assistant", "content": ""})))
-        self.seconds = 0.0 if AT_ONCE in last["content"] else 1 / self.rate
+        self.wanted, self.seconds = self.order_in(last["content"])
         self.began, self.sent = self.loop.time(), 0
         self.send_token()
 
+    def order_in(self, message: str) -> tuple[int, float]:
+        """How many tokens a user asks for, and the seconds between two of them."""
+        if order := ORDER.search(message):
+            return int(order[1]), 0.0 if order[2] == NO_DELAY else 1 / float(order[2])
+        return self.tokens, 0.0 if AT_ONCE in message else 1 / self.rate
+
     def send_token(self) -> None:
+        self.next = None
+        if self.is_paused and not self.seconds:
+            return
         token = b"%d:%d " % (self.sent, time.monotonic_ns())
         self.transport.write(as_chunk(BEFORE_TOKEN + token + AFTER_TOKEN))
         self.sent += 1
-        if self.sent < self.tokens:
+        if self.sent == self.wanted:
+            self.transport.write(ending(self.wanted))
+        elif self.seconds:
             # By a fixed timetable: a late token does not delay those behind it.
-            self.timer = self.loop.call_at(self.began + self.sent * self.seconds, self.send_token)
+            self.next = self.loop.call_at(self.began + self.sent * self.seconds, self.send_token)
         else:
-            self.transport.write(ending(self.tokens))
+            self.next = self.loop.call_soon(self.send_token)
 
 
 def content_length(head: bytes) -> int:

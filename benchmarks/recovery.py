@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turns import (
+from machine import (
     CORES,
     HERE,
     LOAD_CORE,
@@ -31,18 +31,15 @@ from turns import (
     ROOT,
     SERVER_CORE,
     Held,
-    Row,
-    at_most,
     ended_after,
     environment,
     free_port,
     held,
     line_of,
-    print_table,
     python,
-    verdict,
     wait_healthy,
 )
+from tables import Row, at_most, print_table, verdict
 
 TARGET_SECONDS = 5.0
 LEASE_SECONDS = 10.0

@@ -24,34 +24,34 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psycopg
-from decisions import LOST, listed, print_markdown
+from decisions import LOST
 from load import percentile
-from mock_model import AT_ONCE
-from turns import (
+from machine import (
     CORES,
     HERE,
     KEY,
     PATIENCE,
     ROOT,
-    TICKS,
     begin,
     cpu_seconds,
     ended_after,
     environment,
+    family_cpu_seconds,
     free_port,
     line_of,
     python,
-    verdict,
     wait_healthy,
 )
+from mock_model import AT_ONCE
+from tables import listed, print_markdown, spreads, verdict
 
 sys.path.insert(0, str(ROOT))
 from orchestrator_site.local_services import PostgreSQL, Redis  # not installed: it lies beside
@@ -280,16 +280,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None
         time.sleep(0.1)
 
 
-def family_cpu_seconds(pid: int) -> float:
-    """Of a process, of its children that live, and of those that it has seen end."""
-    while True:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ended = (int(fields[13]) + int(fields[14])) / TICKS
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        with suppress(FileNotFoundError):  # one of them has ended meanwhile: look again
-            return cpu_seconds(pid) + ended + sum(cpu_seconds(int(child)) for child in children)
-
-
 @contextmanager
 def held_to(share: float, processes: Sequence["subprocess.Popen[str]"]) -> Iterator[None]:
     """Each of these processes gets no more than this share of a core."""
@@ -350,6 +340,7 @@ def stream(installation: Installation, count: int, tokens: int, *, meanwhile: in
         begin(load)
         line_of(load)  # every stream has its first token
         others = installation.posts(meanwhile, to_the_end=False)
+        line_of(load)  # all have ended
         seen = json.loads(line_of(load))
         after = installation.cpu()
     query = "SELECT session_id FROM sessions_app_turn WHERE created_at > to_timestamp(%s)"
@@ -431,18 +422,6 @@ def backlog_rows(rounds: Rounds, arguments: argparse.Namespace) -> Iterator[Row]
         for part in each[0][0].used:
             costs = [[1_000 * one.used[part] / arguments.backlog for one in ones] for ones in each]
             yield f"{title}: CPU per turn, {part}", *spreads(costs, "ms", 1), ""
-
-
-def spreads(each: Iterable[Sequence[float]], unit: str, digits: int) -> list[str]:
-    """Of each setting the median of its rounds, the lowest and the highest."""
-    return [spread(values, unit, digits) for values in each]
-
-
-def spread(values: Sequence[float], unit: str, digits: int) -> str:
-    if not values:
-        return ""
-    middle, low, high = [f"{value:.{digits}f}" for value in (median(values), min(values), max(values))]
-    return f"{middle} ({low} to {high}) {unit}".rstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

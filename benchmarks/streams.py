@@ -24,14 +24,15 @@ from typing import Any, cast
 
 import uvloop
 from load import COMPLETED, TOKEN, Load, dechunked, percentile, report
-from turns import KEY, LOAD_CORE, POOL, Bench, Held, at_most, cpu_seconds, ms, percent, print_table, running, worst
-from turns import verdict as met
+from machine import KEY, LOAD_CORE, Held, cpu_seconds
+from systems import POOL, Bench, ours_running
+from tables import Row, at_most, ms, percent, print_table, worst
+from tables import verdict as met
 
 OPENING_AT_ONCE = 100
 PATIENCE = 120.0
 TARGET_KIB = 100
 TARGET_SLOWER = 1.2
-Row = tuple[str, str, str]
 
 
 class Follower(asyncio.Protocol):
@@ -117,7 +118,7 @@ async def turns_in(bench: Bench, session_ids: Sequence[str], followers: Sequence
     """One turn in each of these sessions at once, read by its client and by all who follow."""
     for follower in followers:
         follower.pieces.clear()  # what was replayed, after the head
-    turns, streaming_at = await Load(bench.port, KEY, routed=False).run(list(session_ids))
+    turns, streaming_at = await Load(bench.port, KEY).run(list(session_ids))
     reading = [follower for follower in followers if follower.session_id in set(session_ids)]
     ends = time.monotonic() + 10
     while (unread := sum(follower.turns() != 1 for follower in reading)) and time.monotonic() < ends:  # noqa: ASYNC110
@@ -154,7 +155,7 @@ FAULTS = ("failed", "lost", "repeated", "disordered")
 
 
 async def measure(bench: Bench, streams: int, sessions: int, turns: int, tokens: int, idle: float) -> Run:
-    load = Load(bench.port, KEY, routed=False)
+    load = Load(bench.port, KEY)
     session_ids = await asyncio.to_thread(load.sessions, sessions)
     busy = session_ids[:turns]
     await turns_in(bench, session_ids[-turns:], [], tokens)  # what the first turns cost once is not the question
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.sched_setaffinity(0, LOAD_CORE)
     folder = Path(tempfile.mkdtemp(prefix="countersign-bench-"))
     try:
-        with running(folder, 50, arguments.tokens) as bench:
+        with ours_running(folder, 50, arguments.tokens) as bench:
             run = uvloop.run(
                 measure(bench, arguments.streams, arguments.sessions, arguments.turns, arguments.tokens, arguments.idle)
             )

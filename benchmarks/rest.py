@@ -27,8 +27,22 @@ from typing import cast
 import uvloop
 from load import percentile
 from stored import fill_postgresql, fill_sqlite
-from turns import CORES, KEY, LOAD_CORE, PATIENCE, ROOT, SERVER_CORE, at_most, cpu_seconds, ended_after, environment
-from turns import free_port, print_table, python, verdict, wait_healthy
+from turns import (
+    CORES,
+    KEY,
+    LOAD_CORE,
+    PATIENCE,
+    ROOT,
+    SERVER_CORE,
+    cpu_seconds,
+    ended_after,
+    environment,
+    free_port,
+    print_table,
+    python,
+    verdict,
+    wait_healthy,
+)
 
 sys.path.insert(0, str(ROOT))
 from orchestrator_site.local_services import PostgreSQL  # not installed: it lies beside

@@ -18,7 +18,8 @@ SECONDS_APART = 2
 SQLITE = {
     "uuid": "lower(hex(randomblob(16)))",
     "key": "lower(hex(randomblob(11)))",
-    "turn": "substr(t.id,1,8)||'-'||substr(t.id,9,4)||'-'||substr(t.id,13,4)||'-'||substr(t.id,17,4)||'-'||substr(t.id,21)",
+    "turn": "format('%s-%s-%s-%s-%s', "
+    "substr(t.id, 1, 8), substr(t.id, 9, 4), substr(t.id, 13, 4), substr(t.id, 17, 4), substr(t.id, 21))",
     "at": "strftime('%Y-%m-%d %H:%M:%f000', julianday('now') - ({0}) / 86400.0)",
     "no": "0",
     "yes": "1",
@@ -69,7 +70,7 @@ def _fill(execute: Callable[[Any], Any], sql: dict[str, str], turns: int, per_se
     ended = f"({sessions} - s.i) * {per_session * SECONDS_APART} + 600"
 
     def numbers(most: int) -> str:
-        return f"(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {most}) SELECT i FROM n)"
+        return f"(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {most}) SELECT i FROM n)"  # noqa: S608
 
     def insert(table: str, columns: dict[str, str], source: str) -> None:
         execute(f"INSERT INTO {table} ({', '.join(columns)}) SELECT {', '.join(columns.values())} FROM {source}")  # noqa: S608

@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from django.db import OperationalError, connection, connections
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
+from django.template.response import SimpleTemplateResponse
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,15 +97,19 @@ async def _unless_silent(work: "asyncio.Future[T]") -> T:
 
 
 def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., Any]:
-    """A synchronous view for an ASGI server, run where the connections are.
+    """A synchronous view for an ASGI server, run where the connections are, and its answer rendered there.
 
     Django would run it on a thread made for this request, with a connection opened for this request.
     """
 
+    def rendered(*args: Any, **kwargs: Any) -> HttpResponseBase:
+        response = view(*args, **kwargs)
+        return response.render() if isinstance(response, SimpleTemplateResponse) else response
+
     @wraps(view)
     async def hopping(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         run = read if request.method in ("GET", "HEAD") else store
-        return await run(view, request, *args, **kwargs)
+        return await run(rendered, request, *args, **kwargs)
 
     return hopping
 

@@ -4,7 +4,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from django.http import HttpRequest
+import orjson
+from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from rest_framework import serializers
 from rest_framework.request import Request
@@ -53,10 +54,10 @@ class NewTitle(serializers.Serializer[Any]):
 class SessionView(APIView):
     """GET, PATCH and DELETE /sessions/{session_id}"""
 
-    def get(self, request: Request, session_id: str) -> Response:
+    def get(self, request: Request, session_id: str) -> HttpResponse:
         wants_messages = boolean(request.GET, "include_messages", False)
         session = Session.objects.one_visible_to(caller_in(request), session_id)
-        return Response(detailed(session, messages_of(session) if wants_messages else None))
+        return _long(detailed(session, messages_of(session) if wants_messages else None))
 
     def patch(self, request: Request, session_id: str) -> Response:
         title = validated(NewTitle, json_body(request))["title"]
@@ -85,5 +86,10 @@ class CancelView(APIView):
 class HistoryView(APIView):
     """GET /sessions/{session_id}/history"""
 
-    def get(self, request: Request, session_id: str) -> Response:
-        return Response(history(caller_in(request), session_id))
+    def get(self, request: Request, session_id: str) -> HttpResponse:
+        return _long(history(caller_in(request), session_id))
+
+
+def _long(body: dict[str, Any]) -> HttpResponse:
+    """A conversation as JSON. All of it is text as the database keeps it, so nothing in it is beyond orjson."""
+    return HttpResponse(orjson.dumps(body), content_type="application/json")

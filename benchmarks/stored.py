@@ -78,7 +78,7 @@ def _fill(execute: Callable[[Any], Any], sql: dict[str, str], turns: int, per_se
     session = f"'{name}-' || s.i"
     insert(
         "sessions_app_session",
-        {"id": session, "account_id": "1", "title": "NULL", "current_agent": "'coder'", "switch_count": "0",
+        {"id": session, "account_id": "1", "title": "NULL", "current_agent": "'coder'", "switch_count": "1",
          "message_count": str(messages), "turn_count": str(per_session), "is_active": yes,
          "next_seq": str(10 * per_session + 1), "pruned_seq": "0", "last_activity": sql["at"].format(ended),
          "created_at": sql["at"].format(f"{ended} + {per_session * SECONDS_APART}")},
@@ -93,6 +93,12 @@ def _fill(execute: Callable[[Any], Any], sql: dict[str, str], turns: int, per_se
          "created_at": sql["at"].format(age), "started_at": sql["at"].format(age),
          "finished_at": sql["at"].format(f"{age} - 1")},
         f"{numbers(sessions)} s CROSS JOIN {numbers(per_session)} n ORDER BY s.i, n.i",
+    )  # fmt: skip
+    insert(
+        "sessions_app_handoff",
+        {"session_id": "s.id", "from_agent": "'orchestrator'", "to_agent": "'coder'", "reason": "'It is about code.'",
+         "confidence": "'high'", "created_at": "s.created_at", "after_position": "1"},
+        f"sessions_app_session s WHERE s.id LIKE '{name}-%' ORDER BY s.created_at",
     )  # fmt: skip
     made = f"sessions_app_turn t WHERE t.session_id LIKE '{name}-%'"
     of_session = {"session_id": "t.session_id", "turn_id": "t.id"}

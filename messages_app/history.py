@@ -6,45 +6,47 @@ from typing import Any
 from messages_app.transcript import Asked, Calls, Said, answered, as_chat, calls_of
 from orchestrator_site.http import wire_time
 from sessions_app.callers import Caller
-from sessions_app.models import Handoff, Session
+from sessions_app.models import Session
+
+HANDOFF = ("from_agent", "to_agent", "reason", "created_at", "confidence")
 
 
 def history(caller: Caller, session_id: str) -> dict[str, Any]:
     """Protocol 2.8. Raises UnknownSession."""
     session = Session.objects.one_visible_to(caller, session_id)
-    stored = [*map(Said._make, session.messages.in_order().values_list(*Said._fields))]
+    stored = list(session.messages.in_order().values_list(*Said._fields))
     calls = _calls_of(session, stored)
-    messages = [said for message in stored for said in as_chat(message, _asked_by(message, calls))]
+    messages: list[dict[str, Any]] = []
+    for row in stored:
+        messages += as_chat(Said._make(row), calls.get(row[:2], ()))
     return {
         "session_id": session.pk,
         "messages": messages,
         "message_count": len(messages),
         "last_activity": wire_time(session.last_activity),
         "current_agent": session.current_agent,
-        "agent_history": [_past(handoff) for handoff in session.handoffs.order_by("id")],
+        "agent_history": [_past(*handoff) for handoff in session.handoffs.order_by("id").values_list(*HANDOFF)],
     }
 
 
 def messages_of(session: Session) -> list[dict[str, Any]]:
     """Form M of protocol 2.7."""
-    rows = list(session.messages.in_order().values_list("id", "created_at", *Said._fields))
-    stored = [Said._make(said) for _, _, *said in rows]
+    stored = list(session.messages.in_order().values_list(*Said._fields, "id", "created_at"))
     calls = _calls_of(session, stored)
     detailed = []
-    for (message_id, created_at, *_), message in zip(rows, stored, strict=True):
-        asked = _asked_by(message, calls)
+    for *row, message_id, created_at in stored:
+        message = Said._make(row)
+        asked = calls.get((message.turn_position, message.round), ())
         said, *results = as_chat(message, asked)
         detailed.append(_detailed(message_id, created_at, said))
-        detailed += [_detailed_result(*each) for each in zip(answered(asked), results, strict=True)]
+        if results:
+            detailed += [_detailed_result(*each) for each in zip(answered(asked), results, strict=True)]
     return detailed
 
 
-def _calls_of(session: Session, stored: list[Said]) -> Calls:
-    return calls_of(session.calls.all()) if any(message.round for message in stored) else {}
-
-
-def _asked_by(message: Said, calls: Calls) -> list[Asked]:
-    return calls.get((message.turn_position, message.round), []) if message.round else []
+def _calls_of(session: Session, stored: list[Any]) -> Calls:
+    """A message without calls has round 0, which no call has."""
+    return calls_of(session.calls.all()) if any(row[1] for row in stored) else {}
 
 
 def _detailed(message_id: int, created_at: datetime, said: dict[str, Any]) -> dict[str, Any]:
@@ -60,19 +62,9 @@ def _detailed(message_id: int, created_at: datetime, said: dict[str, Any]) -> di
 
 
 def _detailed_result(call: Asked, said: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "id": call.call_id,
-        **said,
-        "tool_calls": None,
-        "created_at": wire_time(call.answered_at or call.created_at),
-    }
+    assert call.answered_at is not None  # noqa: S101 (it has a result)
+    return {"id": call.call_id, **said, "tool_calls": None, "created_at": wire_time(call.answered_at)}
 
 
-def _past(handoff: Handoff) -> dict[str, Any]:
-    return {
-        "from": handoff.from_agent,
-        "to": handoff.to_agent,
-        "reason": handoff.reason,
-        "timestamp": wire_time(handoff.created_at),
-        "confidence": handoff.confidence,
-    }
+def _past(start: str, to: str, reason: str, at: datetime, confidence: str | None) -> dict[str, Any]:
+    return {"from": start, "to": to, "reason": reason, "timestamp": wire_time(at), "confidence": confidence}

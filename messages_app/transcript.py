@@ -38,7 +38,6 @@ class Asked(NamedTuple):
     status: str
     answer: str
     answered_at: datetime | None
-    created_at: datetime
 
 
 Calls = dict[tuple[int, int], list[Asked]]

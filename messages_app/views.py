@@ -5,9 +5,10 @@ from contextlib import aclosing
 from typing import Any
 
 import orjson
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from rest_framework import serializers
+from rest_framework.renderers import JSONRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -51,13 +52,22 @@ class NewTitle(serializers.Serializer[Any]):
         return title.strip()
 
 
+class ConversationRenderer(JSONRenderer):
+    """Texts as the database keeps them, of which nothing is beyond orjson; there may be thousands."""
+
+    def render(self, data: Any, accepted_media_type: str | None = None, renderer_context: Any = None) -> bytes:
+        return b"" if data is None else orjson.dumps(data)
+
+
 class SessionView(APIView):
     """GET, PATCH and DELETE /sessions/{session_id}"""
 
-    def get(self, request: Request, session_id: str) -> HttpResponse:
+    renderer_classes = (ConversationRenderer,)
+
+    def get(self, request: Request, session_id: str) -> Response:
         wants_messages = boolean(request.GET, "include_messages", False)
         session = Session.objects.one_visible_to(caller_in(request), session_id)
-        return _long(detailed(session, messages_of(session) if wants_messages else None))
+        return Response(detailed(session, messages_of(session) if wants_messages else None))
 
     def patch(self, request: Request, session_id: str) -> Response:
         title = validated(NewTitle, json_body(request))["title"]
@@ -86,10 +96,7 @@ class CancelView(APIView):
 class HistoryView(APIView):
     """GET /sessions/{session_id}/history"""
 
-    def get(self, request: Request, session_id: str) -> HttpResponse:
-        return _long(history(caller_in(request), session_id))
+    renderer_classes = (ConversationRenderer,)
 
-
-def _long(body: dict[str, Any]) -> HttpResponse:
-    """A conversation as JSON. All of it is text as the database keeps it, so nothing in it is beyond orjson."""
-    return HttpResponse(orjson.dumps(body), content_type="application/json")
+    def get(self, request: Request, session_id: str) -> Response:
+        return Response(history(caller_in(request), session_id))

@@ -56,7 +56,9 @@ class Api:
             try:
                 await _send(response, send, leaving)
             finally:
-                response.close()
+                # Not `close`: it has signal handlers close the connections of this thread, which has none.
+                for close in response._resource_closers:  # type: ignore[attr-defined]
+                    close()
 
 
 class _Leaving:

@@ -59,6 +59,16 @@ def fill_postgresql(url: str, turns: int, per_session: int, *, name: str = "stor
         connection.execute("VACUUM ANALYZE")
 
 
+def empty_sessions_sqlite(database: Path, count: int, *, name: str) -> None:
+    """Sessions `name`-1 and so on in which nothing was said yet, with a specialist."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.executemany(
+            "INSERT INTO sessions_app_session (id, account_id, current_agent, switch_count, message_count, turn_count,"
+            " is_active, next_seq, pruned_seq) VALUES (?, 1, 'coder', 0, 0, 0, 1, 1, 0)",
+            [(f"{name}-{number}",) for number in range(1, count + 1)],
+        )
+
+
 def _fill(execute: Callable[[Any], Any], sql: dict[str, str], turns: int, per_session: int, name: str) -> None:
     sessions = max(turns // per_session, 1)
     per_session = min(per_session, turns)

@@ -31,7 +31,9 @@ async def message_stream(request: HttpRequest) -> HttpResponseBase:
         body = read_json(request.body, request.headers.get("Content-Type", ""))
         message, tokens = inbound.parse(body)
         key = idempotency.key_in(request, body)
-        frames = MessageOrchestrationService(request.caller).receive(message, key)  # type: ignore[attr-defined]
+        arrived_at = request.scope.get("state", {}).get("arrived_at")  # type: ignore[attr-defined]
+        service = MessageOrchestrationService(request.caller, arrived_at=arrived_at)  # type: ignore[attr-defined]
+        frames = service.receive(message, key)
         await anext(frames)
         return place.response(_wire(frames, tokens))
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
 
-from events_app.admission import Newcomer
+from events_app.admission import entrance
 from events_app.database import store
 from events_app.frames import DONE, Frame
 from events_app.stream import follow
@@ -66,7 +66,7 @@ class MessageOrchestrationService:
         return self._answer(partial(acceptance.hitl_decision, message, self.caller, key))
 
     async def _answer(self, accept: Callable[[], Accepted], *, is_new: bool = False) -> Frames:
-        newcomer = Newcomer(self._arrived_at) if is_new else None
+        newcomer = entrance.admit(self._arrived_at) if is_new else None
         try:
             try:
                 accepted = await store(accept)

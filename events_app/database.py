@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from django.db import OperationalError, connection, connections
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
+from django.template.response import SimpleTemplateResponse
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +36,17 @@ SILENCE_SECONDS = 4.5
 # When one of their threads last waited in vain, for a connection or for SQLite's lock; when any last came back.
 _refused_at: dict[ThreadPoolExecutor, float] = {}
 _answered_at = 0.0
+# A writer that takes longer waits for somebody else's lock, or for the database.
+LONG_SECONDS = 0.2
+# Since when each thread writes; until when one of them was last held up so.
+_writing_since: dict[int, float] = {}
+_held_up_until = 0.0
+
+
+def held_up_until() -> float:
+    """Until when writers were last held up by something other than work; now, if one is. By the monotonic clock."""
+    now = time.monotonic()
+    return now if any(now - since > LONG_SECONDS for since in list(_writing_since.values())) else _held_up_until
 
 
 async def hop(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -96,15 +108,19 @@ async def _unless_silent(work: "asyncio.Future[T]") -> T:
 
 
 def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., Any]:
-    """A synchronous view for an ASGI server, run where the connections are.
+    """A synchronous view for an ASGI server, run where the connections are, and its answer rendered there.
 
     Django would run it on a thread made for this request, with a connection opened for this request.
     """
 
+    def rendered(*args: Any, **kwargs: Any) -> HttpResponseBase:
+        response = view(*args, **kwargs)
+        return response.render() if isinstance(response, SimpleTemplateResponse) else response
+
     @wraps(view)
     async def hopping(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         run = read if request.method in ("GET", "HEAD") else store
-        return await run(view, request, *args, **kwargs)
+        return await run(rendered, request, *args, **kwargs)
 
     return hopping
 
@@ -125,11 +141,14 @@ def _close(together: threading.Barrier) -> None:
 
 
 def _run(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kwargs: Any, asked_at: float) -> T:
-    global _answered_at
+    global _answered_at, _held_up_until
     if asked_at < _refused_at.get(executor, 0.0):
         # Those that stood in the queue meanwhile do not wait as long once more, one after the other.
         raise OperationalError("the database answered nobody before")
     _ensure_not_made_anew()
+    began_at = time.monotonic()
+    if executor is _writers:
+        _writing_since[threading.get_ident()] = began_at
     try:
         outcome = function(*args, **kwargs)
         _answered_at = time.monotonic()
@@ -139,6 +158,10 @@ def _run(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any, kw
             _refused_at[executor] = time.monotonic()
         raise
     finally:
+        if executor is _writers:
+            del _writing_since[threading.get_ident()]
+            if time.monotonic() - began_at > LONG_SECONDS:
+                _held_up_until = time.monotonic()
         for each in connections.all(initialized_only=True):
             if each.vendor == "sqlite":
                 # Cheap to keep, and closing it costs a checkpoint; one that broke is not kept.

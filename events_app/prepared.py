@@ -18,7 +18,7 @@ from django.db.models.query import get_related_populators
 from django.db.models.sql import UpdateQuery
 from django.db.models.sql.compiler import SQLCompiler
 
-M = TypeVar("M", bound=Model)
+T = TypeVar("T")
 
 
 class Slot(Value):
@@ -56,8 +56,8 @@ class _PerThread(threading.local):
         self.statement: Any = None
 
 
-class Rows(Generic[M]):
-    """A query for rows of a model, with those that it selects along.
+class Rows(Generic[T]):
+    """A query for rows of a model, with those that it selects along; or for lists of values, with `values_list`.
 
         held = Rows(Turn, lambda slot: Turn.objects.filter(pk=slot("id"), owner=slot("owner")))
         turns = held(id=turn_id, owner="me")
@@ -66,15 +66,15 @@ class Rows(Generic[M]):
     locks has to be executed in a transaction, like any other.
     """
 
-    def __init__(self, model: type[M], build: Callable[[Callable[..., Slot]], "QuerySet[M]"]) -> None:
+    def __init__(self, model: type[Model], build: Callable[[Callable[..., Slot]], "QuerySet[Any, T]"]) -> None:
         self._model = model
         self._build = build
         self._compiled = _PerThread()
 
-    def __call__(self, **values: Any) -> list[M]:
+    def __call__(self, **values: Any) -> list[T]:
         return list(self.each(**values))
 
-    def each(self, **values: Any) -> Iterator[M]:
+    def each(self, **values: Any) -> Iterator[T]:
         """The rows one after the other: those that nobody asks for are not read."""
         compiled = self._compiled.statement or self._compile()
         with connection.cursor() as cursor:
@@ -82,7 +82,7 @@ class Rows(Generic[M]):
             for row in cursor:
                 yield compiled.instance(row)
 
-    def first(self, **values: Any) -> M | None:
+    def first(self, **values: Any) -> T | None:
         found = self(**values)
         return found[0] if found else None
 
@@ -95,14 +95,15 @@ class _Selection(_Statement):
     def __init__(self, queryset: "QuerySet[Any]") -> None:
         compiler = queryset.query.get_compiler(connection=connection)
         super().__init__(*compiler.as_sql())
-        information = compiler.klass_info
-        select = compiler.select
-        columns = information["select_fields"]
-        self._first, self._end = columns[0], columns[-1] + 1
-        self._model = information["model"]
-        self._names = [each[0].target.attname for each in select[self._first : self._end]]
-        self._populators = get_related_populators(information, select, connection.alias)  # type: ignore[call-arg]
-        self._annotations = list((compiler.annotation_col_map or {}).items())
+        select, information = compiler.select, compiler.klass_info
+        # None for a query of values.
+        self._model = information and information["model"]
+        if self._model:
+            columns = information["select_fields"]
+            self._first, self._end = columns[0], columns[-1] + 1
+            self._names = [each[0].target.attname for each in select[self._first : self._end]]
+            self._populators = get_related_populators(information, select, connection.alias)  # type: ignore[call-arg]
+            self._annotations = list((compiler.annotation_col_map or {}).items())
         expressions = [each[0] for each in select[: compiler.col_count]]
         self._converters = [
             (position, converter, expression)
@@ -114,6 +115,8 @@ class _Selection(_Statement):
         row = list(row)
         for position, converter, expression in self._converters:
             row[position] = converter(row[position], expression, connection)
+        if not self._model:
+            return row
         instance = self._model.from_db(connection.alias, self._names, row[self._first : self._end])
         for populator in self._populators:
             populator.populate(row, instance)

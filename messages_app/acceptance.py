@@ -68,7 +68,8 @@ class Refused(Exception):
 class Accepted:
     """Where the answer is to be looked for: the session's stream past number `after`, frames of `origin`, if any.
 
-    `lost` is shown in its place when a message is repeated whose answer was pruned.
+    `lost` is shown in its place when a message is repeated whose answer was pruned. `begins` says that a turn begins as
+    soon as this process comes to it.
     """
 
     session_id: str
@@ -76,6 +77,7 @@ class Accepted:
     after: int = 0
     has_frames: bool = True
     lost: Frame | None = None
+    begins: bool = False
 
 
 def user_message(message: UserMessage, caller: Caller, key: Key | None = None) -> Accepted:
@@ -109,7 +111,8 @@ def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
         # Behind another turn it is that one's end that lets it run.
         lifecycle.wake_runner(session.pk)
     after = lifecycle.position(session) if unfinished else session.next_seq - 1
-    return Accepted(session.pk, str(turn.pk), after)
+    begins = not unfinished and settings.TURN_RUNNER == "embedded"
+    return Accepted(session.pk, str(turn.pk), after, begins=begins)
 
 
 def _make_way(session: Session, busy: Busy, caller: Caller) -> list[Turn]:

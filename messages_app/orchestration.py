@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
 
+from events_app.admission import entrance
 from events_app.database import store
 from events_app.frames import DONE, Frame
 from events_app.stream import follow
@@ -27,8 +28,9 @@ class MessageOrchestrationService:
     message alone, and ends.
     """
 
-    def __init__(self, caller: Caller, *, follows: bool = True) -> None:
+    def __init__(self, caller: Caller, *, follows: bool = True, arrived_at: float | None = None) -> None:
         self.caller = caller
+        self._arrived_at = arrived_at
         self._follows = follows
 
     def receive(self, message: Inbound, key: Key | None = None) -> Frames:
@@ -45,8 +47,11 @@ class MessageOrchestrationService:
                 return self.process_hitl_decision(message, key)
 
     def process_message(self, message: UserMessage, key: Key | None) -> Frames:
-        """Open a turn; its frames up to the end of the answer, or to the calls that it waits for."""
-        return self._answer(partial(acceptance.user_message, message, self.caller, key))
+        """Open a turn; its frames up to the end of the answer, or to the calls that it waits for.
+
+        Raises Overloaded: of all that is said, only this is work that nobody has begun.
+        """
+        return self._answer(partial(acceptance.user_message, message, self.caller, key), is_new=True)
 
     def switch_agent(self, message: SwitchAgent, key: Key | None) -> Frames:
         """Pass the session to another agent at once; exactly one frame."""
@@ -60,25 +65,35 @@ class MessageOrchestrationService:
         """Decide on a tool call that waits; how it was resolved, and the turn when it goes on by that."""
         return self._answer(partial(acceptance.hitl_decision, message, self.caller, key))
 
-    async def _answer(self, accept: Callable[[], Accepted]) -> Frames:
+    async def _answer(self, accept: Callable[[], Accepted], *, is_new: bool = False) -> Frames:
+        newcomer = entrance.admit(self._arrived_at) if is_new else None
         try:
-            accepted = await store(accept)
-        except Refused as refused:
-            # For this request alone, nothing stored: the contract puts these refusals into the stream.
-            yield []
-            yield [Frame.unnumbered(refused.chunk), DONE]
-            return
-        yield []
-        if not self._follows:
-            return
-        if accepted.lost is not None:
-            yield [accepted.lost]
-        elif accepted.has_frames:
-            is_complete = False
-            async with aclosing(follow(accepted.session_id, after=accepted.after, until=accepted.origin)) as frames:
-                async for ready in frames:
-                    is_complete = bool(ready) and ready[-1].closes
-                    yield ready
-            if not is_complete:
+            try:
+                accepted = await store(accept)
+            except Refused as refused:
+                # For this request alone, nothing stored: the contract puts these refusals into the stream.
+                yield []
+                yield [Frame.unnumbered(refused.chunk), DONE]
                 return
-        yield [DONE]
+            yield []
+            if not self._follows:
+                return
+            if newcomer is not None and not accepted.begins:
+                newcomer.has_begun()
+            if accepted.lost is not None:
+                yield [accepted.lost]
+            elif accepted.has_frames:
+                is_complete = False
+                async with aclosing(follow(accepted.session_id, after=accepted.after, until=accepted.origin)) as frames:
+                    async for ready in frames:
+                        if newcomer is not None and ready:
+                            newcomer.has_begun()
+                            newcomer = None
+                        is_complete = bool(ready) and ready[-1].closes
+                        yield ready
+                if not is_complete:
+                    return
+            yield [DONE]
+        finally:
+            if newcomer is not None:
+                newcomer.has_begun()

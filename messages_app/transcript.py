@@ -2,19 +2,47 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from agents_app.llm import ModelError
 from events_app.prepared import Rows
 from messages_app.models import Message
-from sessions_app.models import ToolCall, Turn
+from sessions_app.models import ToolCall, ToolCallQuerySet, Turn
 
-# So many messages are read at once, with the results of their calls; what does not fit the window is read in vain.
+# So many messages are read at first, with the results of their calls, then twice as many each time, up to a bound: what
+# does not fit the window is read in vain, and a message may be long.
 PAGE = 40
-Calls = dict[tuple[Any, int], list[ToolCall]]
+LARGEST_PAGE = 8 * PAGE
 Chat = list[dict[str, Any]]
+
+
+class Said(NamedTuple):
+    """What is read of a message. For a long conversation, rows alone are many times as fast as models made of them."""
+
+    turn_position: int
+    round: int
+    role: str
+    content: str
+
+
+class Asked(NamedTuple):
+    """What is read of a tool call, after its turn's position."""
+
+    turn_position: int
+    round: int
+    position: int
+    call_id: str
+    tool_name: str
+    arguments_text: str
+    status: str
+    answer: str
+    answered_at: datetime | None
+
+
+Calls = dict[tuple[int, int], list[Asked]]
 
 
 class ContextTooLong(ModelError):
@@ -48,54 +76,65 @@ def of(turn: Turn, *, prompt: str, context_tokens: int) -> Chat:
     return [{"role": "system", "content": prompt}, *_alternating(newest_first)]
 
 
-def as_chat(message: Message, calls: Iterable[ToolCall]) -> Chat:
+def as_chat(message: Said, calls: Sequence[Asked]) -> Chat:
     """Form H of protocol 2.8: the message, and the results of the calls it asks for in the order of their arrival."""
-    calls = list(calls)
     said: dict[str, Any] = {"role": message.role, "content": message.content}
-    if calls:
-        said["tool_calls"] = [_asked(call) for call in calls]
-    answered = sorted((call for call in calls if not call.is_open), key=lambda call: (call.answered_at, call.position))
-    return [said, *(_result(call) for call in answered)]
+    if not calls:
+        return [said]
+    said["tool_calls"] = [_asked(call) for call in calls]
+    return [said, *(_result(call) for call in answered(calls))]
 
 
-def calls_of(messages: Iterable[Message]) -> Calls:
-    """The tool calls of some messages, by turn and round, with one query."""
-    asking = {message.turn_id for message in messages if message.round}
-    calls: Calls = defaultdict(list)
-    if asking:
-        for call in ToolCall.objects.filter(turn__in=asking).order_by("turn", "round", "position"):
-            calls[call.turn_id, call.round].append(call)
-    return calls
+def answered(calls: Sequence[Asked]) -> list[Asked]:
+    """Those of an answer's calls that have a result, in the order of its arrival."""
+    closed = [call for call in calls if call.status == ToolCall.Status.ANSWERED]
+    return sorted(closed, key=lambda call: (call.answered_at, call.position))
+
+
+def calls_of(calls: ToolCallQuerySet) -> Calls:
+    """Tool calls by the position of their turn, and round, with one query."""
+    found: Calls = defaultdict(list)
+    rows = calls.in_order().values_list("turn__position", *Asked._fields[1:])
+    for call in map(Asked._make, rows):
+        found[call.turn_position, call.round].append(call)
+    return found
 
 
 @cache
-def _page(start: int) -> Rows[Message]:
+def _page(start: int, size: int) -> Rows[Any]:
     return Rows(
         Message,
-        lambda slot: Message.objects.filter(
-            session_id=slot("session"), turn_position__lte=slot("turn_position", "until")
-        ).order_by("-turn_position", "-id")[start : start + PAGE],
+        lambda slot: (
+            Message.objects.filter(session_id=slot("session"), turn_position__lte=slot("turn_position", "until"))
+            .order_by("-turn_position", "-id")
+            .values_list(*Said._fields)[start : start + size]
+        ),
     )
 
 
-def _newest_first(turn: Turn) -> Iterator[tuple[Message, list[ToolCall]]]:
-    start, is_last = 0, False
+def _newest_first(turn: Turn) -> Iterator[tuple[Said, Sequence[Asked]]]:
+    start, size, is_last = 0, PAGE, False
     while not is_last:
-        page = _page(start)(session=turn.session_id, until=turn.position)
-        calls = calls_of(page)
+        page = [*map(Said._make, _page(start, size)(session=turn.session_id, until=turn.position))]
+        is_last = len(page) < size
+        asking = {message.turn_position for message in page if message.round}
+        calls = (
+            calls_of(ToolCall.objects.filter(turn__session=turn.session_id, turn__position__in=asking))
+            if asking
+            else {}
+        )
         for message in page:
-            yield message, calls.get((message.turn_id, message.round), []) if message.round else []
-        start += PAGE
-        is_last = len(page) < PAGE
+            yield message, calls.get((message.turn_position, message.round), ()) if message.round else ()
+        start, size = start + size, min(2 * size, LARGEST_PAGE)
 
 
-def _asked(call: ToolCall) -> dict[str, Any]:
+def _asked(call: Asked) -> dict[str, Any]:
     function = {"name": call.tool_name, "arguments": call.arguments_text}
-    return {"id": call.pk, "type": "function", "function": function}
+    return {"id": call.call_id, "type": "function", "function": function}
 
 
-def _result(call: ToolCall) -> dict[str, Any]:
-    return {"role": "tool", "content": call.answer, "name": call.tool_name, "tool_call_id": call.pk}
+def _result(call: Asked) -> dict[str, Any]:
+    return {"role": "tool", "content": call.answer, "name": call.tool_name, "tool_call_id": call.call_id}
 
 
 def _for_a_model(said: dict[str, Any]) -> dict[str, Any]:

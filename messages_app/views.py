@@ -4,9 +4,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import orjson
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from rest_framework import serializers
+from rest_framework.renderers import JSONRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -29,7 +31,9 @@ async def message_stream(request: HttpRequest) -> HttpResponseBase:
         body = read_json(request.body, request.headers.get("Content-Type", ""))
         message, tokens = inbound.parse(body)
         key = idempotency.key_in(request, body)
-        frames = MessageOrchestrationService(request.caller).receive(message, key)  # type: ignore[attr-defined]
+        arrived_at = request.scope.get("state", {}).get("arrived_at")  # type: ignore[attr-defined]
+        service = MessageOrchestrationService(request.caller, arrived_at=arrived_at)  # type: ignore[attr-defined]
+        frames = service.receive(message, key)
         await anext(frames)
         return place.response(_wire(frames, tokens))
 
@@ -50,8 +54,17 @@ class NewTitle(serializers.Serializer[Any]):
         return title.strip()
 
 
+class ConversationRenderer(JSONRenderer):
+    """Texts as the database keeps them, of which nothing is beyond orjson; there may be thousands."""
+
+    def render(self, data: Any, accepted_media_type: str | None = None, renderer_context: Any = None) -> bytes:
+        return b"" if data is None else orjson.dumps(data)
+
+
 class SessionView(APIView):
     """GET, PATCH and DELETE /sessions/{session_id}"""
+
+    renderer_classes = (ConversationRenderer,)
 
     def get(self, request: Request, session_id: str) -> Response:
         wants_messages = boolean(request.GET, "include_messages", False)
@@ -84,6 +97,8 @@ class CancelView(APIView):
 
 class HistoryView(APIView):
     """GET /sessions/{session_id}/history"""
+
+    renderer_classes = (ConversationRenderer,)
 
     def get(self, request: Request, session_id: str) -> Response:
         return Response(history(caller_in(request), session_id))

@@ -10,7 +10,7 @@ from channels.routing import ProtocolTypeRouter
 from django.core.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "orchestrator_site.settings")
-django_application = get_asgi_application()
+pages = get_asgi_application()
 
 from django.conf import settings  # noqa: E402 (needs the apps)
 
@@ -19,6 +19,7 @@ from events_app.database import close_threads, read  # noqa: E402
 from events_app.feed import feed  # noqa: E402
 from events_app.relay import Relay  # noqa: E402
 from messages_app.runner import EmbeddedRunner  # noqa: E402
+from orchestrator_site.api import Http  # noqa: E402
 from orchestrator_site.guard import App, Guard, Receive, Send  # noqa: E402
 from orchestrator_site.readiness import MISSING, OK, Probe, readiness  # noqa: E402
 from orchestrator_site.sockets import sockets  # noqa: E402
@@ -97,5 +98,5 @@ class Application:
             gc.enable()  # `serve` starts without it
 
 
-application = Application(Guard(ProtocolTypeRouter({"http": django_application, "websocket": sockets})))
+application = Application(Guard(ProtocolTypeRouter({"http": Http(pages), "websocket": sockets})))
 readiness.probes |= {"runner": Probe(application.runner_state), "layer": Probe(application.layer_state)}

@@ -54,9 +54,9 @@ class Guard:
         except _Gone:
             return
         except TimeoutError:
-            await _refuse(send, BodyTimeout("The body took too long."))
+            await refuse(send, BodyTimeout("The body took too long."))
         except APIError as error:
-            await _refuse(send, error)
+            await refuse(send, error)
         else:
             await self._serve(scope, _replay(body, receive), send)
 
@@ -169,12 +169,12 @@ class _StallWatch:
 
 async def _refuse_socket(scope: MutableMapping[str, Any], send: Send, error: APIError) -> None:
     if "websocket.http.response" in scope.get("extensions", {}):
-        await _refuse(send, error, "websocket.http.response")
+        await refuse(send, error, "websocket.http.response")
     else:  # daphne: a bare 403
         await send({"type": "websocket.close"})
 
 
-async def _refuse(send: Send, error: APIError, answer: str = "http.response") -> None:
+async def refuse(send: Send, error: APIError, answer: str = "http.response") -> None:
     request_id = uuid.uuid4().hex
     body = json.dumps(body_of(error, request_id)).encode()
     own = {"Retry-After": RETRY_AFTER, **error.headers} if error.status in (429, 503) else error.headers

@@ -1,6 +1,7 @@
 """uvicorn's HTTP protocol, where it would read any head whole before anybody sees it, or wait for a reader for ever."""
 
 import asyncio
+import time
 from typing import Any
 
 from django.conf import settings
@@ -25,6 +26,8 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self.app_state = {**self.app_state, "abort": transport.abort}
 
     def data_received(self, data: bytes) -> None:
+        # Before anything else has its turn on the loop: those that come in one moment have nearly the same time.
+        self.app_state["arrived_at"] = time.monotonic()
         boundaries = self._boundaries
         super().data_received(data)
         # Only what is all head counts: data that ends a head or a body may hold much of a body.

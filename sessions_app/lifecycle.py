@@ -46,7 +46,6 @@ def create(caller: Caller, session_id: str | None = None) -> Session:
             log.record(fact(session, "session.created", created_by=caller.name))
     except IntegrityError:
         raise SessionIdTaken("This session id is taken.") from None
-    session.refresh_from_db()
     return session
 
 

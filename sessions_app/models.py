@@ -94,14 +94,24 @@ class SessionQuerySet(QuerySet["Session"]):
 
     def one_visible_to(self, caller: Caller, session_id: str) -> "Session":
         """The session, or UnknownSession: the same for a stranger's, a deleted one and one that never was."""
-        session = self.visible_to(caller).filter(pk=session_id).first()
-        if session is None:
-            raise UnknownSession(f"Session {session_id} not found")
-        return session
+        try:
+            return self.visible_to(caller).get(pk=session_id)
+        except Session.DoesNotExist:
+            raise UnknownSession(f"Session {session_id} not found") from None
 
     def locked(self) -> Self:
         """Lock the rows: whoever gives numbers or moves turns of a session takes its row first."""
         return self.select_for_update()
+
+
+class Stamp(models.DateTimeField):
+    """A time that the database gives, and returns from the insert itself: to read it would take a query more."""
+
+    db_returning = True
+
+    def deconstruct(self) -> Any:
+        name, _, args, kwargs = super().deconstruct()
+        return name, "django.db.models.DateTimeField", args, kwargs  # to migrations it is nothing else
 
 
 class Session(models.Model):
@@ -117,8 +127,8 @@ class Session(models.Model):
     is_active = models.BooleanField(default=True)
     next_seq = models.BigIntegerField(default=1, help_text="The next number of its stream that nobody has reserved.")
     pruned_seq = models.BigIntegerField(default=0, help_text="The last number of its stream that was pruned.")
-    last_activity = models.DateTimeField(db_default=Now())
-    created_at = models.DateTimeField(db_default=Now())
+    last_activity = Stamp(db_default=Now())
+    created_at = Stamp(db_default=Now())
     deleted_at = models.DateTimeField(null=True)
 
     objects = SessionQuerySet.as_manager()

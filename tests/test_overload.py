@@ -1,0 +1,119 @@
+"""More messages than a process can begin: who comes while others still wait is refused at once, and nothing else is."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+
+from events_app.admission import CROWD, CROWD_SECONDS, LONGEST_CROWD_SECONDS, Entrance, Newcomer, Overloaded
+from tests import databases
+from tests.scripted_llm import Gate, ScriptedLLM, call, hold
+from tests.server import Server, eventually, running
+from tests.test_socket import on_coder
+
+STREAM = "/agent/message/stream"
+USERS = ("SELECT count(*) FROM messages_app_message WHERE role = 'user'",)
+
+
+def message(session_id: str, **said: Any) -> dict[str, Any]:
+    return {"session_id": session_id, "message": {"type": "user_message", "content": "Hello", **said}}
+
+
+def stored(server: Server) -> int:
+    ((number,),) = databases.rows(server.database, *USERS)
+    return int(number)
+
+
+def test_a_message_is_refused_while_an_earlier_one_still_waits_and_open_work_goes_on(
+    tmp_path: Path, llm: ScriptedLLM, migrated: Path
+) -> None:
+    gate = Gate()
+    bounds = {"TURNS_AT_ONCE": "1", "OVERLOAD_SECONDS": "0.01"}
+    with running(tmp_path, migrated, LLM_BASE_URL=llm.url, **bounds) as server, ThreadPoolExecutor(2) as pool:
+        for session_id in ("called", "runs", "waits"):
+            on_coder(server, session_id)
+        llm.script(call("read_file", '{"path": "a.md"}'), hold("One ", "moment.", gate=gate))
+        (asked,) = [frame.data for frame in server.say("called", "Read it.") if frame.type == "tool_call"]
+        runs = pool.submit(server.http.post, STREAM, json=message("runs"))
+        gate.reached.wait()
+        waits = pool.submit(server.http.post, STREAM, json=message("waits"))
+        eventually(lambda: stored(server) == 3)
+
+        refusal = eventually(lambda: refused(server.http.post(STREAM, json=message("late"))))
+
+        assert (refusal.json()["code"], refusal.headers["Retry-After"]) == ("overloaded", "1")
+        assert server.http.get("/sessions/late").status_code == 404
+        result = {"type": "tool_result", "call_id": asked["call_id"], "result": "A text."}
+        with server.streaming(result, "called"):
+            assert server.http.get("/sessions/called/open-calls").json()["open_calls"] == []
+        gate.open()
+        for answer in (runs.result(), waits.result()):
+            assert '"status":"completed"' in answer.text
+        eventually(lambda: server.http.post(STREAM, json=message("late")).is_success)
+
+
+def refused(answer: Any) -> Any:
+    return answer if answer.status_code == 503 else None
+
+
+def test_whoever_waits_for_a_locked_database_is_no_reason_to_refuse_others(
+    tmp_path: Path, llm: ScriptedLLM, migrated: Path
+) -> None:
+    settings = {"OVERLOAD_SECONDS": "0.3", "LLM_BASE_URL": llm.url}
+    with running(tmp_path, migrated, **settings) as server, ThreadPoolExecutor(8) as pool, ExitStack() as locked:
+        for number in range(8):
+            on_coder(server, f"s{number}")
+        locked.enter_context(databases.locked(server.database, "sessions_app_session"))
+        posted = [pool.submit(server.http.post, STREAM, json=message(f"s{number}")) for number in range(4)]
+        until = time.monotonic() + 0.8
+        eventually(lambda: time.monotonic() > until)  # longer than anybody may wait otherwise
+        posted += [pool.submit(server.http.post, STREAM, json=message(f"s{number}")) for number in range(4, 8)]
+        until = time.monotonic() + 0.3
+        eventually(lambda: time.monotonic() > until)
+        locked.close()
+
+        assert [each.result().status_code for each in posted] == [200] * 8
+
+
+# --- Who is taken ----------------------------------------------------------------------------------------------------
+
+
+def comes(entrance: Entrance, arrived_at: float) -> Newcomer | None:
+    try:
+        return entrance.admit(arrived_at)
+    except Overloaded:
+        return None
+
+
+def test_a_newcomer_is_taken_unless_somebody_has_waited_for_too_long_when_it_comes() -> None:
+    entrance, now, too_long = Entrance(), time.monotonic(), settings.OVERLOAD_SECONDS + 1
+    taken = [comes(entrance, now), comes(entrance, now + settings.OVERLOAD_SECONDS / 2)]
+    assert all(taken)
+    assert not comes(entrance, now + too_long)
+
+    for each in taken:
+        assert each is not None
+        each.has_begun()
+
+    assert comes(entrance, now + too_long)
+
+
+def test_a_crowd_is_taken_to_its_last_but_no_second_one_behind_it() -> None:
+    entrance, now, apart = Entrance(), time.monotonic(), CROWD_SECONDS / CROWD / 2
+    assert all(comes(entrance, now + number * apart) for number in range(10 * CROWD))
+
+    later = now + LONGEST_CROWD_SECONDS + 1
+    assert not any(comes(entrance, later + number * apart) for number in range(2 * CROWD))
+
+
+def test_many_who_come_one_after_the_other_are_no_crowd() -> None:
+    entrance, now, apart = Entrance(), time.monotonic(), CROWD_SECONDS / CROWD * 1.5
+    in_time = int(settings.OVERLOAD_SECONDS / apart)
+
+    came = [comes(entrance, now + number * apart) for number in range(3 * in_time)]
+
+    assert all(came[:in_time])
+    assert not any(came[2 * in_time :])

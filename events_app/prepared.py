@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from django.db import connection
 from django.db.models import Field, Model, QuerySet, Value
 from django.db.models.expressions import DatabaseDefault
-from django.db.models.query import get_related_populators
+from django.db.models.query import ModelIterable, get_related_populators
 from django.db.models.sql import UpdateQuery
 from django.db.models.sql.compiler import SQLCompiler
 
@@ -96,11 +96,12 @@ class _Selection(_Statement):
         compiler = queryset.query.get_compiler(connection=connection)
         super().__init__(*compiler.as_sql())
         select, information = compiler.select, compiler.klass_info
-        # None for a query of values.
-        self._model = information and information["model"]
-        if self._model:
+        # Any other class yields values.
+        self._is_of_models = queryset._iterable_class is ModelIterable
+        if self._is_of_models:
             columns = information["select_fields"]
             self._first, self._end = columns[0], columns[-1] + 1
+            self._model = information["model"]
             self._names = [each[0].target.attname for each in select[self._first : self._end]]
             self._populators = get_related_populators(information, select, connection.alias)  # type: ignore[call-arg]
             self._annotations = list((compiler.annotation_col_map or {}).items())
@@ -115,7 +116,7 @@ class _Selection(_Statement):
         row = list(row)
         for position, converter, expression in self._converters:
             row[position] = converter(row[position], expression, connection)
-        if not self._model:
+        if not self._is_of_models:
             return row
         instance = self._model.from_db(connection.alias, self._names, row[self._first : self._end])
         for populator in self._populators:

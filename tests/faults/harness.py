@@ -55,6 +55,8 @@ SETTINGS = {
     "TURN_LEASE_SECONDS": "1",
     # No turn is to blame for deaths from outside, however many meet the same one.
     "TURN_MAX_LOSSES": "1000",
+    # As in production, unlike other tests.
+    "OVERLOAD_SECONDS": "0.25",
 }
 
 

@@ -67,7 +67,7 @@ STREAM_MAX_AGE_SECONDS = env.seconds("STREAM_MAX_AGE_SECONDS", 900)
 STREAM_STALL_SECONDS = env.seconds("STREAM_STALL_SECONDS", 60)
 STREAM_KEEP_HOURS = env.integer("STREAM_KEEP_HOURS", 168, at_least=1)
 STREAMS_AT_ONCE = env.integer("STREAMS_AT_ONCE", 5_000, at_least=1)
-OVERLOAD_SECONDS = env.seconds("OVERLOAD_SECONDS", 0.25)
+OVERLOAD_SECONDS = env.seconds("OVERLOAD_SECONDS", 1.0)
 
 # --- Bounds of a request -----------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ SETTINGS = {
     # No turn is to blame for deaths from outside, however many meet the same one.
     "TURN_MAX_LOSSES": "1000",
     # As in production, unlike other tests.
-    "OVERLOAD_SECONDS": "0.25",
+    "OVERLOAD_SECONDS": "1",
 }
 
 

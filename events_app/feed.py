@@ -71,6 +71,8 @@ class Subscription:
         self.waiting = 0  # so many frames
         self._covered = 0  # so many of them, from the left, were here before the log was last read
         self._news: asyncio.Future[None] | None = None
+        # Asked for once: for each token it would be a system call each time.
+        self._loop = asyncio.get_running_loop()
 
     def push(self, batch: Batch) -> None:
         if self.waiting + len(batch.frames) > QUEUE_FRAMES:
@@ -139,7 +141,7 @@ class Subscription:
         """Wait until there is something to do: frames, something in the log, the end, a heartbeat."""
         if self._batches or self.reread or self.ended or self.beat:
             return
-        self._news = asyncio.get_running_loop().create_future()
+        self._news = self._loop.create_future()
         await self._news
 
 

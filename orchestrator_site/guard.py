@@ -137,32 +137,36 @@ class _StallWatch:
         self._send = send
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
-        self._sender: asyncio.Task[Any] | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._is_sending = False
         self._since = 0.0
         self._fired = False
         self._timer = self._loop.call_later(seconds, self._look)
 
     async def send(self, message: Message) -> None:
+        if self._task is None:
+            # All of a response comes from one task, which need not be the one that made this.
+            self._task = asyncio.current_task()
         self._since = self._loop.time()
-        self._sender = asyncio.current_task()
+        self._is_sending = True
         try:
             await self._send(message)
         except asyncio.CancelledError:
-            if not self._fired or self._sender is None:
+            if not self._fired or self._task is None:
                 raise
-            self._sender.uncancel()
+            self._task.uncancel()
             raise _Stalled from None
         finally:
-            self._sender = None
+            self._is_sending = False
 
     def stop(self) -> None:
         self._timer.cancel()
 
     def _look(self) -> None:
-        waited = self._loop.time() - self._since if self._sender is not None else 0.0
-        if self._sender is not None and waited >= self._seconds:
+        waited = self._loop.time() - self._since if self._is_sending else 0.0
+        if waited >= self._seconds and self._task is not None:
             self._fired = True
-            self._sender.cancel()
+            self._task.cancel()
         else:
             self._timer = self._loop.call_later(self._seconds - waited, self._look)
 

@@ -131,31 +131,30 @@ class OpenAIModel:
     async def _receive(self, request: ModelRequest, answer: "Answer") -> AsyncGenerator[bytes, None]:
         """One attempt: the bytes of the body, as many at a time as there are, while `answer` keeps progressing."""
         now = asyncio.get_running_loop().time
-        deadline = now() + self._settings.first_token_timeout
+        patience = _Patience(now() + self._settings.first_token_timeout)
         response: aiohttp.ClientResponse | None = None
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(patience.deadline):
                 response = await self._post(request)
             await self._check(response)
             if response.content_type == "application/json":
                 answer.expect_whole()
             while True:
-                # Around the read alone: a timeout held over the yield would hit a slow consumer, not a slow model.
-                async with asyncio.timeout_at(deadline):
-                    data = await response.content.readany()
+                data = await patience.with_read(response.content)
                 if not data or answer.done:
                     return
                 progress = answer.progress
                 yield data
                 # Only tokens move the deadline. Keep-alive comments and single bytes do not.
                 if answer.done:
-                    deadline = now() + LINGER
+                    patience.shorten(now() + LINGER)
                 elif answer.progress > progress:
-                    deadline = now() + self._settings.token_timeout
+                    patience.deadline = now() + self._settings.token_timeout
         except (TimeoutError, aiohttp.ClientError, UnicodeError) as error:
             if not answer.complete:
                 raise self._translated(error) from None
         finally:
+            patience.end()
             if response is not None:
                 response.close()
 
@@ -218,6 +217,55 @@ class OpenAIModel:
         if isinstance(error, aiohttp.ClientResponseError):
             return _failure("model_bad_response")
         return TemporaryError("model_interrupted")
+
+
+class _Patience:
+    """Ends a read that lasts beyond `deadline`, with one timer for an answer instead of one for each read.
+
+    The reads alone count: whoever is slow to take what was read is no slow model. Belongs to the task that makes it.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._cancelling = self._task.cancelling() if self._task else 0
+        self._is_reading = self._is_over = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def with_read(self, content: aiohttp.StreamReader) -> bytes:
+        """What there is, or what comes next. Raises TimeoutError."""
+        if self._timer is None:
+            self._timer = self._loop.call_at(self.deadline, self._look)
+        self._is_reading = True
+        try:
+            return await content.readany()
+        except asyncio.CancelledError:
+            # Somebody else's wish to end the task counts as such, also in the same moment.
+            if self._is_over and self._task is not None and self._task.uncancel() <= self._cancelling:
+                raise TimeoutError from None
+            raise
+        finally:
+            self._is_reading = False
+
+    def shorten(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.end()
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = None
+        if not self._is_reading or self._task is None:
+            return  # the next read sets the timer
+        if self._loop.time() >= self.deadline:
+            self._is_over = True
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_at(self.deadline, self._look)
 
 
 class Answer:

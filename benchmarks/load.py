@@ -40,7 +40,7 @@ TOKEN = re.compile(rb'"token":"([^"]*)"')
 WHOLE = re.compile(rb'"type":"assistant_message","content":"([^"]*)"')
 COMPLETED = re.compile(rb'"type":"turn_finished","turn_id":"[^"]*","status":"completed"')
 FINISHED = b'"type":"turn_finished"'
-PATIENCE = 60.0
+PATIENCE = 180.0
 SETTLING_SECONDS = 0.5
 # So many sessions are made at a time.
 MAKERS = 8

@@ -122,7 +122,8 @@ def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
 
 def _make_way(session: Session, busy: Busy, caller: Caller) -> list[Turn]:
     """The turns that a new message goes behind, when what it replaces has been ended. Raises QueueFull, TurnRunning."""
-    unfinished = list(session.turns.unfinished().order_by("position"))
+    # Ordered here: SQLite would walk through all turns that there ever were, to find these few in their order.
+    unfinished = sorted(session.turns.unfinished().order_by(), key=lambda turn: turn.position)
     if unfinished and unfinished[0].status == Turn.Status.WAITING:
         ending.supersede(session, unfinished.pop(0), caller)
     if unfinished and busy == Busy.REJECT:

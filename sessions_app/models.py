@@ -340,6 +340,8 @@ class Turn(models.Model):
             models.Index(fields=["created_at"], name="turn_by_time"),
             models.Index(fields=["status", "created_at"], name="turn_by_status"),
             models.Index(fields=["status", "finished_at"], name="turn_by_end"),
+            # Which of a session's turns are not over is asked again and again, also of one that has had thousands.
+            models.Index(fields=["session", "status", "position"], name="turn_in_session"),
         ]
 
     def __str__(self) -> str:

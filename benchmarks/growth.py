@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/growth.py
 
-Measures one web process on a database of 1,000 stored turns, then on the same with 1,000,000 (--turns; they take 6 GB
-and some minutes to make): turns, each in a new session; messages that come alone, to an empty session and to one of
-10,000 messages; and what people and clients list. The server has a core to itself; the model and this process, with
-the clients, share another. SQLite. Linux only: it reads /proc. Ends with status 1 when a turn failed or a page did not
-come; a missed target of speed is only shown.
+Measures one web process on a database of 1,000 stored turns and one on a database of 1,000,000 (--turns; they take 5 GB
+and some minutes to make), by turns, each round with processes of its own: turns, each in a new session; messages that
+come alone, to an empty session and to one of 10,000 messages; and what people and clients list. Prints medians. The
+server has a core to itself; the model and this process, with the clients, share another. SQLite. Linux only: it reads
+/proc. Ends with status 1 when a turn failed or a page did not come; a missed target of speed is only shown.
 """
 
 import argparse
@@ -58,13 +58,11 @@ PAGES = (
 
 @dataclass(frozen=True)
 class Seen:
-    """One size of the database."""
+    """One look at one database."""
 
-    turns: int
     file_megabytes: float
     run: Round
-    tokens: int
-    megabytes: tuple[float, float]
+    megabytes: float
     alone: list[float]
     in_long: list[float]
     lists: dict[str, float]
@@ -74,8 +72,8 @@ class Seen:
         return self.run.server_cpu / len(self.run.accepted) * 1000
 
     @property
-    def tokens_per_second(self) -> float:
-        return len(self.run.accepted) * self.tokens / self.run.seconds
+    def turns_per_second(self) -> float:
+        return len(self.run.accepted) / self.run.seconds
 
 
 async def one(bench: Bench, session_id: str) -> float:
@@ -87,13 +85,6 @@ async def one(bench: Bench, session_id: str) -> float:
     if not client.is_whole:
         raise RuntimeError(bytes(client.received[-300:]))
     return client.first_ms
-
-
-async def turns(bench: Bench, database: Path, arguments: argparse.Namespace) -> tuple[Round, tuple[float, float]]:
-    await bench.closed(CLIENTS, 3)  # what the first turns cost once is not the question
-    before = held(bench.pid, database).megabytes
-    run = await bench.closed(CLIENTS, arguments.seconds)
-    return run, (before, held(bench.pid, database).megabytes)
 
 
 async def alone(bench: Bench, times: int) -> tuple[list[float], list[float]]:
@@ -135,69 +126,82 @@ def lists(port: int, password: str) -> dict[str, float]:
     return seconds
 
 
-def look(folder: Path, stored: int, arguments: argparse.Namespace, numbers: "itertools.count[int]") -> Seen:
+def look(folder: Path, arguments: argparse.Namespace, numbers: "itertools.count[int]") -> Seen:
     database = folder / "bench.sqlite3"
     with serving(folder, arguments.tokens, 1_000, OVERLOAD_SECONDS="3600") as bench:
         bench.numbers = numbers
         empty, long = uvloop.run(alone(bench, arguments.times))
-        run, megabytes = uvloop.run(turns(bench, database, arguments))
+        uvloop.run(bench.closed(CLIENTS, 2))  # what the first turns cost once is not the question
+        run = uvloop.run(bench.closed(CLIENTS, arguments.seconds))
+        megabytes = held(bench.pid, database).megabytes
         listed = lists(bench.port, environment(folder)["DJANGO_SUPERUSER_PASSWORD"])
         size = database.stat().st_size / 1e6
     log = (folder / "server.log").read_text()
     if "Traceback" in log:
         print(log[:2_000])
-    return Seen(stored, size, run, arguments.tokens, megabytes, empty, long, listed)
+    return Seen(size, run, megabytes, empty, long, listed)
 
 
-def rows(few: Seen, many: Seen) -> Iterator[Row]:
-    yield "stored turns", f"{few.turns}, {many.turns}", ""
-    yield "database file", f"{few.file_megabytes:.0f} MB, {many.file_megabytes:.0f} MB", ""
-    for seen in (few, many):
-        longer = median(seen.in_long) - median(seen.alone)
-        shown = f"{ms(median(seen.alone))}, {ms(median(seen.in_long))}"
-        yield "first token: empty session, 10,000 messages", shown, at_most(longer, TARGET_LONG_MS, "ms more")
-    for name, one, other in (
-        ("tokens/s", few.tokens_per_second, many.tokens_per_second),
-        ("server CPU per turn, ms", few.cpu_per_turn, many.cpu_per_turn),
-        ("server memory at the end, MB", few.megabytes[1], many.megabytes[1]),
+def rows(few: list[Seen], many: list[Seen]) -> Iterator[Row]:
+    yield "database file", f"{few[0].file_megabytes:.0f} MB, {many[0].file_megabytes:.0f} MB", ""
+    for name, looks in (("few", few), ("many", many)):
+        empty = median(each for seen in looks for each in seen.alone)
+        long = median(each for seen in looks for each in seen.in_long)
+        target = at_most(long - empty, TARGET_LONG_MS, "ms more")
+        yield f"first token, {name}: empty, 10,000 messages", f"{ms(empty)}, {ms(long)}", target
+    for name, of in (
+        ("turns/s", lambda seen: seen.turns_per_second),
+        ("server CPU per turn, ms", lambda seen: seen.cpu_per_turn),
+        ("server memory, MB", lambda seen: seen.megabytes),
     ):
-        change = other / one - 1
-        yield name, f"{one:.1f}, {other:.1f}", verdict(f"{change:+.0%}, at most 10 %", abs(change) <= TARGET_SHARE)
-    yield "turns that failed", f"{len(few.run.faults)}, {len(many.run.faults)}", ""
-    for path in few.lists:
-        yield path, f"{ms(few.lists[path])}, {ms(many.lists[path])}", ""
+        one, other = [of(seen) for seen in few], [of(seen) for seen in many]
+        change = median(other) / median(one) - 1
+        shown = ", ".join(f"{median(each):.1f} ({min(each):.1f}-{max(each):.1f})" for each in (one, other))
+        yield name, shown, verdict(f"{change:+.0%}, at most 10 %", abs(change) <= TARGET_SHARE)
+    yield "turns that failed", str(sum(len(seen.run.faults) for seen in [*few, *many])), ""
+    for path in few[0].lists:
+        yield path, ", ".join(ms(median(seen.lists[path] for seen in looks)) for looks in (few, many)), ""
+
+
+def prepare(folder: Path, turns: int) -> None:
+    env, database = environment(folder), folder / "bench.sqlite3"
+    for command in (
+        ["migrate", "-v0"],
+        ["createsuperuser", "-v0", "--noinput", "--username", "admin", "--email", "admin@example.com"],
+    ):
+        subprocess.run([sys.executable, "manage.py", *command], cwd=ROOT, env=env, check=True, timeout=PATIENCE)
+    fill_sqlite(database, FEW, PER_SESSION)
+    fill_sqlite(database, TURNS_OF_LONG, TURNS_OF_LONG, name="long")
+    empty_sessions_sqlite(database, SESSIONS, name="idle")
+    if turns > FEW:
+        fill_sqlite(database, turns - FEW, PER_SESSION, name="old")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=1_000_000)
     parser.add_argument("--tokens", type=int, default=50, help="per turn")
-    parser.add_argument("--seconds", type=float, default=10, help="of turns")
-    parser.add_argument("--times", type=int, default=22, help="messages that come alone")
+    parser.add_argument("--seconds", type=float, default=8, help="of turns, in each round")
+    parser.add_argument("--times", type=int, default=12, help="messages that come alone, in each round")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
     os.sched_setaffinity(0, LOAD_CORE)
     folder = Path(tempfile.mkdtemp(prefix="countersign-bench-"))
-    database = folder / "bench.sqlite3"
+    few, many = folder / "few", folder / "many"
+    seen: dict[Path, list[Seen]] = {few: [], many: []}
     try:
-        env = environment(folder)
-        for command in (
-            ["migrate", "-v0"],
-            ["createsuperuser", "--noinput", "--username", "admin", "--email", "admin@example.com"],
-        ):
-            subprocess.run([sys.executable, "manage.py", *command], cwd=ROOT, env=env, check=True, timeout=PATIENCE)
-        fill_sqlite(database, FEW, PER_SESSION)
-        fill_sqlite(database, TURNS_OF_LONG, TURNS_OF_LONG, name="long")
-        empty_sessions_sqlite(database, SESSIONS, name="idle")
-        numbers = itertools.count(1)
-        few = look(folder, FEW, arguments, numbers)
-        began = time.monotonic()
-        fill_sqlite(database, arguments.turns - FEW, PER_SESSION, name="old")
-        print(f"{arguments.turns} turns were stored in {time.monotonic() - began:.0f} s")
-        many = look(folder, arguments.turns, arguments, numbers)
+        for each, turns in ((few, FEW), (many, arguments.turns)):
+            each.mkdir()
+            prepare(each, turns)
+        numbers = {few: itertools.count(1), many: itertools.count(1)}
+        for _ in range(arguments.rounds):
+            for each in (few, many):
+                seen[each].append(look(each, arguments, numbers[each]))
     finally:
         shutil.rmtree(folder)
-    print_table(f"{CLIENTS} clients, turns of {arguments.tokens} tokens; SQLite", rows(few, many))
-    faults = few.run.faults + many.run.faults
+    title = f"{FEW} and {arguments.turns} stored turns; {CLIENTS} clients, turns of {arguments.tokens} tokens; SQLite"
+    print_table(title, rows(seen[few], seen[many]))
+    faults = [fault for looks in seen.values() for one in looks for fault in one.run.faults]
     for fault in faults[:5]:
         print(repr(fault))
     return 1 if faults else 0

@@ -128,7 +128,7 @@ def lists(port: int, password: str) -> dict[str, float]:
 
 def look(folder: Path, arguments: argparse.Namespace, numbers: "itertools.count[int]") -> Seen:
     database = folder / "bench.sqlite3"
-    with serving(folder, arguments.tokens, 1_000, OVERLOAD_SECONDS="3600") as bench:
+    with serving(folder, arguments.tokens, 1_000, OVERLOAD_SECONDS="3600", STREAM_KEEP_HOURS="10000") as bench:
         bench.numbers = numbers
         empty, long = uvloop.run(alone(bench, arguments.times))
         uvloop.run(bench.closed(CLIENTS, 2))  # what the first turns cost once is not the question

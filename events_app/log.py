@@ -9,6 +9,7 @@ from django.db import DatabaseError
 from django.db.models import Max
 from django.utils import timezone
 
+from events_app import ids
 from events_app.frames import Frame
 from events_app.models import AuditEntry, Event, StreamBatch
 from orchestrator_site.errors import Unavailable
@@ -26,6 +27,7 @@ class AuditUnavailable(Unavailable):
 def fact(event_type: str, *, account_id: int, session_id: str, turn_id: str = "", **data: Any) -> Event:
     """One thing that happened, to be recorded in the transaction in which it does."""
     return Event(
+        event_id=ids.in_order(),
         account_id=account_id,
         session_id=session_id,
         event_type=event_type,

@@ -27,7 +27,7 @@ from agents_app.approvals import (
     Verdict,
 )
 from agents_app.server_tools import NO_RESULT
-from events_app import log
+from events_app import ids, log
 from events_app.chunks import ErrorShown
 from events_app.frames import Frame
 from events_app.models import AuditEntry
@@ -101,7 +101,7 @@ def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
         # A session that has had nothing yet starts on the agent asked for, without a handoff (section 4, row 3).
         Session.objects.filter(pk=session.pk).update(current_agent=requested)
         requested = ""
-    turn = session.turns.create(position=session.turn_count + 1, requested_agent=requested)
+    turn = session.turns.create(pk=ids.in_order(), position=session.turn_count + 1, requested_agent=requested)
     Message.objects.create(
         session=session, turn=turn, turn_position=turn.position, role=Message.Role.USER, content=message.content
     )

@@ -159,6 +159,8 @@ class Bench:
             while time.monotonic() < ends:
                 sent.append(await self.send())
                 await sent[-1].ended.wait()
+                if sent[-1].is_refused:
+                    await asyncio.sleep(1)  # as Retry-After says
             return sent
 
         began, cpu, load = time.monotonic(), cpu_seconds(self.pid), own_cpu()

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from django.conf import settings
 from django.db import connection, models
-from django.db.models import QuerySet
+from django.db.models import Exists, OuterRef, QuerySet
 from django.db.models.functions import Now
 
 from sessions_app.callers import Caller
@@ -159,7 +159,8 @@ class ApprovalRequestQuerySet(QuerySet["ApprovalRequest"]):
 
     def visible_to(self, caller: Caller) -> Self:
         """Those of the sessions that the caller may see."""
-        return self.filter(session__in=Session.objects.visible_to(caller))
+        # One by one: as a list, all sessions that there are would be read first.
+        return self.filter(Exists(Session.objects.visible_to(caller).filter(pk=OuterRef("session"))))
 
 
 class ApprovalRequest(models.Model):

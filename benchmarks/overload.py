@@ -155,6 +155,8 @@ class Bench:
             while time.monotonic() < ends:
                 sent.append(await self.send())
                 await sent[-1].ended.wait()
+                if sent[-1].is_refused:
+                    await asyncio.sleep(1)  # as Retry-After says
             return sent
 
         began, cpu, load = time.monotonic(), cpu_seconds(self.pid), own_cpu()
@@ -230,9 +232,6 @@ def serving(folder: Path, tokens: int, rate: float, **settings: str) -> Iterator
         mock = stack.enter_context(ended_after(python(*command, env=mock_env, core=LOAD_CORE, stdout=subprocess.PIPE)))
         port = free_port()
         env = environment(folder, PORT=str(port), LLM_BASE_URL=f"http://127.0.0.1:{line_of(mock)}/v1", **settings)
-        migrate = [sys.executable, "manage.py", "migrate", "-v0"]
-        subprocess.run(migrate, cwd=ROOT, env=env, check=True, timeout=PATIENCE)
-        empty_sessions_sqlite(folder / "bench.sqlite3", SESSIONS, name="idle")
         log = stack.enter_context((folder / "server.log").open("w"))
         server = stack.enter_context(
             ended_after(python("-m", "orchestrator_site.web", env=env, core=SERVER_CORE, stdout=log, stderr=log))
@@ -277,6 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.sched_setaffinity(0, LOAD_CORE)
     folder = Path(tempfile.mkdtemp(prefix="countersign-bench-"))
     try:
+        migrate = [sys.executable, "manage.py", "migrate", "-v0"]
+        subprocess.run(migrate, cwd=ROOT, env=environment(folder), check=True, timeout=PATIENCE)
+        empty_sessions_sqlite(folder / "bench.sqlite3", SESSIONS, name="idle")
         with serving(folder, arguments.tokens, arguments.rate) as bench:
             run = uvloop.run(measure(bench, arguments))
         log = (folder / "server.log").read_text()

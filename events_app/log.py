@@ -9,7 +9,7 @@ from django.db import DatabaseError
 from django.db.models import Max
 from django.utils import timezone
 
-from events_app import prepared
+from events_app import ids, prepared
 from events_app.frames import Frame
 from events_app.models import AuditEntry, Event, StreamBatch
 from events_app.prepared import Rows
@@ -39,6 +39,7 @@ class AuditUnavailable(Unavailable):
 def fact(event_type: str, *, account_id: int, session_id: str, turn_id: str = "", **data: Any) -> Event:
     """One thing that happened, to be recorded in the transaction in which it does."""
     return Event(
+        event_id=ids.in_order(),
         account_id=account_id,
         session_id=session_id,
         event_type=event_type,

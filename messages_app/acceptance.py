@@ -25,7 +25,7 @@ from agents_app.approvals import (
     Verdict,
 )
 from agents_app.server_tools import NO_RESULT
-from events_app import log, prepared
+from events_app import ids, log, prepared
 from events_app.chunks import ErrorShown
 from events_app.frames import Frame
 from events_app.models import AuditEntry
@@ -99,7 +99,7 @@ def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
         # A session that has had nothing yet starts on the agent asked for, without a handoff (section 4, row 3).
         Session.objects.filter(pk=session.pk).update(current_agent=requested)
         requested = ""
-    turn = Turn(session=session, position=session.turn_count + 1, requested_agent=requested)
+    turn = Turn(pk=ids.in_order(), session=session, position=session.turn_count + 1, requested_agent=requested)
     said = Message(
         session=session, turn=turn, turn_position=turn.position, role=Message.Role.USER, content=message.content
     )
@@ -117,7 +117,7 @@ def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
 
 def _make_way(session: Session, busy: Busy, caller: Caller) -> list[Turn]:
     """The turns that a new message goes behind, when what it replaces has been ended. Raises QueueFull, TurnRunning."""
-    unfinished = unfinished_turns(session=session.pk)
+    unfinished = sorted(unfinished_turns(session=session.pk), key=lambda turn: turn.position)
     if unfinished and unfinished[0].status == Turn.Status.WAITING:
         ending.supersede(session, unfinished.pop(0), caller)
     if unfinished and busy == Busy.REJECT:

@@ -9,6 +9,7 @@ from itertools import count
 
 from django.conf import settings
 from django.db import InterfaceError, OperationalError, transaction
+from django.db.models import Exists, OuterRef
 from django.db.models.functions import Now
 
 from agents_app import approvals, team
@@ -320,8 +321,9 @@ def release(claim: Claim) -> None:
 def wishes(owner: str, turn_ids: Sequence[uuid.UUID]) -> set[str]:
     """The sessions in which somebody left something to a turn that this runner works on: a frame, a wish to cancel."""
     held = Turn.objects.held_by(owner).filter(pk__in=turn_ids)
-    waiting = StreamBatch.objects.unnumbered().values("session_id")
+    # Asked of each of these sessions: to list all frames that wait, SQLite reads the whole log.
+    waiting = Exists(StreamBatch.objects.unnumbered().filter(session_id=OuterRef("session_id")))
     return {
         *held.filter(cancel_requested_at__isnull=False).values_list("session_id", flat=True),
-        *held.filter(session_id__in=waiting).values_list("session_id", flat=True),
+        *held.filter(waiting).values_list("session_id", flat=True),
     }

@@ -12,10 +12,10 @@ from events_app.prepared import Rows
 from messages_app.models import Message
 from sessions_app.models import ToolCall, ToolCallQuerySet, Turn
 
-# So many messages are read at first, with the results of their calls, then twice as many each time, up to a bound: what
-# does not fit the window is read in vain, and a message may be long.
+# So many messages are read at first, with the results of their calls, then four times as many, up to a bound: what does
+# not fit the window is read in vain, and a message may be long.
 PAGE = 40
-LARGEST_PAGE = 8 * PAGE
+LARGEST_PAGE = 500
 Chat = list[dict[str, Any]]
 
 
@@ -125,7 +125,7 @@ def _newest_first(turn: Turn) -> Iterator[tuple[Said, Sequence[Asked]]]:
         )
         for message in page:
             yield message, calls.get((message.turn_position, message.round), ()) if message.round else ()
-        start, size = start + size, min(2 * size, LARGEST_PAGE)
+        start, size = start + size, min(4 * size, LARGEST_PAGE)
 
 
 def _asked(call: Asked) -> dict[str, Any]:

@@ -342,6 +342,8 @@ class Turn(models.Model):
             models.Index(fields=["created_at"], name="turn_by_time"),
             models.Index(fields=["status", "created_at"], name="turn_by_status"),
             models.Index(fields=["status", "finished_at"], name="turn_by_end"),
+            # Which of a session's turns are not over is asked again and again, also of one that has had thousands.
+            models.Index(fields=["session", "status", "position"], name="turn_in_session"),
         ]
 
     def __str__(self) -> str:
@@ -479,9 +481,8 @@ def _held(slot: Callable[..., Slot]) -> TurnQuerySet:
 held_turn = Rows(Turn, lambda slot: _held(slot).select_related("session"))
 held_turn_locked = Rows(Turn, lambda slot: _held(slot).select_for_update())
 locked_session = Rows(Session, lambda slot: Session.objects.locked().filter(pk=slot("id")).order_by())
-unfinished_turns = Rows(
-    Turn, lambda slot: Turn.objects.unfinished().filter(session_id=slot("session")).order_by("position")
-)
+# In no order: for one SQLite would walk through all turns that there ever were.
+unfinished_turns = Rows(Turn, lambda slot: Turn.objects.unfinished().filter(session_id=slot("session")).order_by())
 message_counted = Update(
     Session,
     lambda slot: Session.objects.filter(pk=slot("id")),

@@ -231,7 +231,8 @@ class ApprovalRequestAdmin(AboutCall, BrowseOnlyAdmin):
         css = {"all": ["agents_app/approvals.css"]}
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[ApprovalRequest]:
-        decided = super().get_queryset(request).exclude(status=ApprovalRequest.Status.PENDING)
+        # What is not pending has a decision. Asked so, the latest are found from the end, and not all of them sorted.
+        decided = super().get_queryset(request).filter(decision__isnull=False)
         return decided.defer(*LARGE, "decision__edited_text")
 
     @display(description="Decided (UTC)", ordering="decision__id")

@@ -12,6 +12,7 @@ from agents_app.approvals import (
 )
 from agents_app.handoffs import AlreadyActive, TooManySwitches, UnknownAgent
 from agents_app.models import ApprovalRequest
+from events_app.admission import Overloaded
 from events_app.figures import NoMetrics
 from events_app.log import AuditUnavailable
 from events_app.stream import HEADERS, TooManyStreams
@@ -506,6 +507,7 @@ OPERATIONS: dict[str, dict[str, Schema]] = {
             TurnRunning,
             QueueFull,
             AuditUnavailable,
+            Overloaded,
             TooManyStreams,
             parameters=(REPEATABLE,),
             request=sent(

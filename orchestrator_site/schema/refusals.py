@@ -10,6 +10,7 @@ from agents_app.approvals import (
     UnknownApproval,
 )
 from agents_app.handoffs import AlreadyActive, TooManySwitches, UnknownAgent
+from events_app.admission import Overloaded
 from events_app.figures import NoMetrics
 from events_app.log import AuditUnavailable
 from events_app.stream import TooManyStreams
@@ -65,6 +66,7 @@ DETAILS: dict[Refusal, Any] = {
     INTERNAL: "Internal server error",
     errors.Unavailable: "The database does not answer at the moment.",
     AuditUnavailable: "This cannot be written down at the moment, so it is not done.",
+    Overloaded: "This server has more to do than it can.",
     TooManyStreams: "This server holds as many streams as it can.",
 }
 

@@ -5,7 +5,7 @@ from django.db import migrations
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("sessions_app", "0010_calls_of_the_server"),
+        ("sessions_app", "0011_turn_in_session"),
     ]
 
     operations = [

@@ -147,9 +147,9 @@ class OpenAIModel:
                 yield data
                 # Only tokens move the deadline. Keep-alive comments and single bytes do not.
                 if answer.done:
-                    patience.shorten(now() + LINGER)
+                    patience.until(now() + LINGER)
                 elif answer.progress > progress:
-                    patience.deadline = now() + self._settings.token_timeout
+                    patience.until(now() + self._settings.token_timeout)
         except (TimeoutError, aiohttp.ClientError, UnicodeError) as error:
             if not answer.complete:
                 raise self._translated(error) from None
@@ -248,9 +248,11 @@ class _Patience:
         finally:
             self._is_reading = False
 
-    def shorten(self, deadline: float) -> None:
+    def until(self, deadline: float) -> None:
+        """Between two reads: from now on this is the deadline."""
+        if deadline < self.deadline:
+            self.end()  # its timer would be too late
         self.deadline = deadline
-        self.end()
 
     def end(self) -> None:
         if self._timer is not None:

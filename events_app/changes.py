@@ -8,7 +8,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from django.contrib.auth import get_user_model
@@ -89,7 +90,7 @@ def changes(request: HttpRequest) -> HttpResponseBase:
 
 
 async def _watched(parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    watch.ensure_running()
+    await watch.ensure_running()
     async for part in parts:
         # The library asked on a thread of its own whether this person may listen.
         release_thread()
@@ -108,11 +109,21 @@ class Watch:
         """Whether a stream that asks once more has to end, though its request's user had the right."""
         return self._is_stopping or (user_id, channel) in self._refused
 
-    def ensure_running(self) -> None:
-        """Start on the running loop, unless it runs there; it ends with the last listener."""
+    async def ensure_running(self) -> None:
+        """Start on the running loop, unless it runs there; it ends with the last listener.
+
+        It has looked once by then: whoever listens hears of everything that is stored after this.
+        """
+        if self._runs_here():
+            return
+        facts = NewFacts()
+        await self._look(facts)
+        if not self._runs_here():
+            self._task = asyncio.get_running_loop().create_task(self._run(facts))
+
+    def _runs_here(self) -> bool:
         task = self._task
-        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
-            self._task = asyncio.get_running_loop().create_task(self._run())
+        return task is not None and not task.done() and task.get_loop() is asyncio.get_running_loop()
 
     def close_all(self) -> None:
         """The server stops: every page's stream ends, and is opened again when there is a server. From any thread."""
@@ -122,32 +133,38 @@ class Watch:
         if task is not None and not task.done():
             task.get_loop().call_soon_threadsafe(_end_all)
 
-    async def _run(self) -> None:
-        facts = NewFacts()
-        looks = 0
+    async def _run(self, facts: "NewFacts") -> None:
+        looks = 1
         while True:
-            try:
-                await self._look(facts)
-                looks += 1
-                if looks % round(RECHECK_SECONDS / LOOK_SECONDS) == 0:
-                    await self._send_away()
-            except Exception:
-                # The database is away or locked: pages learn of what they miss when it is back.
-                logger.exception("changes_unreadable")
             await asyncio.sleep(LOOK_SECONDS)
             if not _listeners():
                 return
+            await self._look(facts)
+            looks += 1
+            if looks % round(RECHECK_SECONDS / LOOK_SECONDS) == 0:
+                await self._send_away()
 
     async def _look(self, facts: "NewFacts") -> None:
-        for channel in await read(facts.channels) & set(_listeners()):
-            send_event(channel, "changed", {})
+        with _unreadable_logged():
+            for channel in await read(facts.channels) & set(_listeners()):
+                send_event(channel, "changed", {})
 
     async def _send_away(self) -> None:
         """End the streams of those who may not listen any more: who was disabled, or lost a right."""
         listening = [(listener.user_id, channel) for channel, each in _listeners().items() for listener in each]
-        self._refused = await read(_refused, set(listening))
+        with _unreadable_logged():
+            self._refused = await read(_refused, set(listening))
         for user_id, channel in self._refused:
             get_listener_manager().kick(user_id, channel)
+
+
+@contextmanager
+def _unreadable_logged() -> Iterator[None]:
+    """The database is away or locked: pages learn of what they miss when it is back."""
+    try:
+        yield
+    except Exception:
+        logger.exception("changes_unreadable")
 
 
 def _listeners() -> dict[str, set[Any]]:

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from django.db import connection
 from django.db.models import Field, Model, QuerySet, Value
+from django.db.models.constants import OnConflict
 from django.db.models.expressions import DatabaseDefault
 from django.db.models.query import ModelIterable, get_related_populators
 from django.db.models.sql import UpdateQuery
@@ -172,15 +173,15 @@ def _slots(model: type[Model]) -> Callable[..., Slot]:
     return slot
 
 
-_inserts: dict[tuple[type[Model], str, tuple[str, ...]], str] = {}
+_inserts: dict[tuple[type[Model], str, tuple[str, ...], OnConflict | None], str] = {}
 
 
-def insert(*instances: Model) -> None:
+def insert(*instances: Model, on_conflict: OnConflict | None = None) -> None:
     """Insert new rows. Numbers that the database gives them are not read back, nor what it fills in; no signals."""
     with connection.cursor() as cursor:
         for (model, fields), alike in groupby(instances, key=_given):
-            key = (model, connection.vendor, tuple(field.attname for field in fields))
-            sql = _inserts.get(key) or _inserts.setdefault(key, _insert(model, fields))
+            key = (model, connection.vendor, tuple(field.attname for field in fields), on_conflict)
+            sql = _inserts.get(key) or _inserts.setdefault(key, _insert(model, fields, on_conflict))
             rows = [
                 [field.get_db_prep_save(getattr(instance, field.attname), connection) for field in fields]
                 for instance in alike
@@ -201,11 +202,14 @@ def _given(instance: Model) -> tuple[type[Model], "tuple[Field[Any, Any], ...]"]
     return type(instance), given
 
 
-def _insert(model: type[Model], fields: "Sequence[Field[Any, Any]]") -> str:
-    quoted = connection.ops.quote_name
+def _insert(model: type[Model], fields: "Sequence[Field[Any, Any]]", on_conflict: OnConflict | None) -> str:
+    operations: Any = connection.ops
+    quoted = operations.quote_name
     columns = ", ".join(quoted(str(field.column)) for field in fields)
     places = ", ".join(["%s"] * len(fields))
-    return f"INSERT INTO {quoted(model._meta.db_table)} ({columns}) VALUES ({places})"  # noqa: S608 (names of ours)
+    begin = operations.insert_statement(on_conflict=on_conflict)
+    end = operations.on_conflict_suffix_sql(fields, (), on_conflict, ())
+    return f"{begin} {quoted(model._meta.db_table)} ({columns}) VALUES ({places}) {end}".rstrip()
 
 
 def _execute(cursor: Any, sql: str, rows: Sequence[Sequence[Any]]) -> None:

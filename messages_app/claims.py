@@ -10,6 +10,7 @@ from itertools import count
 from django.conf import settings
 from django.db import InterfaceError, OperationalError, transaction
 from django.db.models import Exists, OuterRef
+from django.db.models.constants import OnConflict
 from django.db.models.functions import Now
 
 from agents_app import approvals, team
@@ -293,7 +294,7 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
                 first = sessions[part.claim.session_id].reserve_numbers(BLOCK)
                 logged[part.claim.turn_id] = (first, first + BLOCK)
         # A commit that was reported as failed may have happened; its rows are the same, and are not written twice.
-        StreamBatch.objects.bulk_create(batches, ignore_conflicts=True)
+        prepared.insert(*batches, on_conflict=OnConflict.IGNORE)
     return logged
 
 

@@ -1,3 +1,4 @@
+from contextlib import suppress
 from typing import Any
 
 from django.apps import AppConfig
@@ -16,15 +17,16 @@ class AgentsConfig(AppConfig):
         from agents_app import handoffs, server_tools  # noqa: F401 (registers a tool)
 
         server_tools.load(settings.SERVER_TOOLS)
-        post_migrate.connect(_follow_registry, sender=self)
+        post_migrate.connect(_after_migrating, sender=self)
 
 
-def _follow_registry(apps: Apps = apps_of_the_code, **kwargs: Any) -> None:
+def _after_migrating(apps: Apps = apps_of_the_code, **kwargs: Any) -> None:
     """After `migrate`, which says what it has migrated to, and after `flush`, which does not."""
-    from agents_app import tools
+    from agents_app import team_now, tools
 
-    try:
+    with suppress(LookupError, FieldDoesNotExist):  # migrated back to a time before there were any
         apps.get_model("agents_app", "Tool")._meta.get_field("on_server")
-    except (LookupError, FieldDoesNotExist):
-        return  # migrated back to a time before there were any
-    tools.follow_registry()
+        tools.follow_registry()
+    with suppress(LookupError):
+        apps.get_model("agents_app", "TeamNow")
+        team_now.look_after()

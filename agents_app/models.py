@@ -153,6 +153,22 @@ class TeamVersion(models.Model):
         return self.digest[:12]
 
 
+class TeamNow(models.Model):
+    """One row: which version the team is at this moment, if somebody has found out since it was last changed.
+
+    Triggers on the tables of agents, tools and rules forget the version with every change, whoever makes it
+    (agents_app/team_now.py).
+    """
+
+    id = models.SmallIntegerField(primary_key=True, default=1)
+    revision = models.CharField(max_length=32, help_text="Another one after every change.")
+    version = models.ForeignKey(TeamVersion, on_delete=models.SET_NULL, null=True)
+    columns = models.CharField(max_length=16, help_text="Of which columns of the team that version is made.")
+
+    def __str__(self) -> str:
+        return self.revision
+
+
 class ApprovalRequestQuerySet(QuerySet["ApprovalRequest"]):
     def pending(self) -> Self:
         return self.filter(status=ApprovalRequest.Status.PENDING)

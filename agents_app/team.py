@@ -6,14 +6,15 @@ A turn is pinned to a `TeamVersion` when it is first claimed. Nothing of a team 
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from django.db import connection
 from django.db.models import Model
 
 from agents_app.llm import ModelError
-from agents_app.models import Agent, ApprovalRule, TeamVersion, Tool
+from agents_app.models import Agent, ApprovalRule, TeamNow, TeamVersion, Tool
+from agents_app.team_now import TEAM
 from agents_app.tools import Toolbox
 from events_app.prepared import Rows
 
@@ -24,6 +25,10 @@ Stored = dict[str, list[Any]]
 _agents = Rows(Agent, lambda slot: Agent.objects.all())
 _tools = Rows(Tool, lambda slot: Tool.objects.all())
 _rules = Rows(ApprovalRule, lambda slot: ApprovalRule.objects.all())
+_version_now = Rows(
+    TeamNow,
+    lambda slot: TeamNow.objects.filter(version__isnull=False, columns=slot("columns")).values_list("version_id"),
+)
 
 
 class UnknownToTeam(ModelError):
@@ -72,7 +77,29 @@ class Team:
 
 def pin() -> int:
     """The version of the team as it is now, stored unless it was there before."""
-    content = json.dumps(_at_one_moment(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    known = _version_now.first(columns=_columns_of_the_team())
+    return known[0] if known else _pin_anew()
+
+
+def _pin_anew() -> int:
+    revision = TeamNow.objects.values_list("revision", flat=True).first()
+    version = _store(_at_one_moment())
+    # Of the team that was read, unless it has been changed since. Nobody is waited for who is changing it.
+    unchanged = TeamNow.objects.select_for_update(skip_locked=True).filter(revision=revision)
+    if unchanged.exists():
+        unchanged.update(version=version, columns=_columns_of_the_team())
+    return version
+
+
+@cache
+def _columns_of_the_team() -> str:
+    """While a new version of this program is rolled out, its versions of the team have other columns."""
+    names = [[field.attname for field in model._meta.concrete_fields] for model in TEAM]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def _store(stored: Stored) -> int:
+    content = json.dumps(stored, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
     # The number is of the content too, so that no process can remember another version under it.
     version = int(digest[:15], 16)

@@ -6,6 +6,7 @@ comes by the relay, which may lose it.
 """
 
 import asyncio
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Protocol
 from events_app.frames import Frame
 
 QUEUE_FRAMES = 1_000
+# Of a follower that has not begun yet: nothing is missing.
+NOWHERE = sys.maxsize
 BEATS_AT_ONCE = 100
 BEAT_PAUSE_SECONDS = 0.02
 
@@ -63,7 +66,7 @@ class Subscription:
 
     def __init__(self, *, ends_with_session: bool) -> None:
         self.ends_with_session = ends_with_session
-        self.position = 0  # how far its follower has come
+        self.position = NOWHERE  # how far its follower has come
         self.reread = False
         self.ended = False
         self.beat = False

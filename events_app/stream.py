@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Self
 
 from asgiref.sync import SyncToAsync
@@ -13,7 +13,7 @@ from django.http import StreamingHttpResponse
 
 from events_app import log
 from events_app.database import read
-from events_app.feed import feed
+from events_app.feed import Subscription, feed
 from events_app.frames import PING, Frame
 from orchestrator_site.errors import Unavailable
 
@@ -24,31 +24,37 @@ class TooManyStreams(Unavailable):
     code = "too_many_streams"
 
 
-async def follow(session_id: str, *, after: int, until: str | None = None) -> AsyncGenerator[list[Frame], None]:
+async def follow(
+    session_id: str, *, after: int, until: str | None = None, live: Subscription | None = None
+) -> AsyncGenerator[list[Frame], None]:
     """Every frame past number `after`, in order, none twice; those that are ready at once come together.
 
     With `until`, the frames of that origin alone, up to the one that closes its answer. An empty list is a heartbeat.
+    `live`: a subscription from before anything of that origin was said, which the log has nothing to add to.
     """
-    with feed.subscribe(session_id, ends_with_session=until is None) as live:
+    has_to_read = live is None
+    with nullcontext(live) if live else feed.subscribe(session_id, ends_with_session=until is None) as live:
         live.position = after
         while True:
-            ended = live.ended
-            # The unlogged ones first: what leaves that list while the log is read is in the log by then.
-            live.begin_reading()
-            unlogged = feed.unlogged(session_id)
-            more = True
-            while more:
-                logged, more = await read(log.page, session_id, after)
-                ready, after, closed = _fresh(logged, after, until)
+            if has_to_read:
+                ended = live.ended
+                # The unlogged ones first: what leaves that list while the log is read is in the log by then.
+                live.begin_reading()
+                unlogged = feed.unlogged(session_id)
+                more = True
+                while more:
+                    logged, more = await read(log.page, session_id, after)
+                    ready, after, closed = _fresh(logged, after, until)
+                    if ready:
+                        yield ready
+                    if closed:
+                        return
+                ready, after, closed = _fresh(unlogged, after, until)
                 if ready:
                     yield ready
-                if closed:
+                if closed or ended:
                     return
-            ready, after, closed = _fresh(unlogged, after, until)
-            if ready:
-                yield ready
-            if closed or ended:
-                return
+            has_to_read = True
             while not live.reread and not live.ended:
                 ready, after, closed = _fresh(live.take(after), after, until)
                 live.position = after

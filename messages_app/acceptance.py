@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from django.conf import settings
-from django.db import transaction
+from django.db import InterfaceError, OperationalError, transaction
 
 from agents_app import approvals, handoffs
 from agents_app.approvals import (
@@ -29,7 +30,8 @@ from events_app import ids, log, prepared
 from events_app.chunks import ErrorShown
 from events_app.frames import Frame
 from events_app.models import AuditEntry
-from messages_app import ending
+from messages_app import claims, ending
+from messages_app.claims import Begun
 from messages_app.inbound import Busy, HitlDecision, SwitchAgent, ToolResult, UserMessage
 from messages_app.models import Message
 from orchestrator_site.errors import Conflict, TooMany
@@ -37,6 +39,8 @@ from sessions_app import following, idempotency, lifecycle
 from sessions_app.callers import Caller
 from sessions_app.idempotency import Key
 from sessions_app.models import Session, ToolCall, Turn, turn_opened, unfinished_turns
+
+logger = logging.getLogger(__name__)
 
 TITLE_CHARS = 500
 DECISIONS = {"approve": Verdict.APPROVE, "edit": Verdict.EDIT, "reject": Verdict.REJECT}
@@ -69,7 +73,7 @@ class Accepted:
     """Where the answer is to be looked for: the session's stream past number `after`, frames of `origin`, if any.
 
     `lost` is shown in its place when a message is repeated whose answer was pruned. `begins` says that a turn begins as
-    soon as this process comes to it.
+    soon as this process comes to it, `is_new` that all of this was done just now.
     """
 
     session_id: str
@@ -78,18 +82,39 @@ class Accepted:
     has_frames: bool = True
     lost: Frame | None = None
     begins: bool = False
+    is_new: bool = field(default=False, compare=False)
 
 
-def user_message(message: UserMessage, caller: Caller, key: Key | None = None) -> Accepted:
-    """Store the message and queue the turn that it opens; a turn that waits is superseded by it.
+class CannotBegin(Exception):
+    """A new turn cannot be claimed, whatever the reason: whoever claims what is queued will see to it."""
+
+
+class Taker(Protocol):
+    """A runner that has a place for one more turn, and begins it as soon as it is stored."""
+
+    owner: str
+
+    def take_new(self, begun: Begun) -> None:
+        """After the commit, from any thread."""
+
+
+def user_message(
+    message: UserMessage, caller: Caller, key: Key | None = None, *, taker: Taker | None = None
+) -> Accepted:
+    """Store the message and the turn that it opens: claimed by `taker` if it may begin at once, queued otherwise.
+
+    A turn that waits is superseded by it.
 
     Raises UnknownAgent, UnknownSession for another account's session, QueueFull, TurnRunning, KeyReused.
     """
-    return _once(key, partial(_open_turn, message, caller))
+    try:
+        return _once(key, partial(_open_turn, message, caller, taker))
+    except CannotBegin:
+        return _once(key, partial(_open_turn, message, caller, None))
 
 
 @transaction.atomic
-def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
+def _open_turn(message: UserMessage, caller: Caller, taker: Taker | None) -> Accepted:
     if message.agent_type is not None:
         handoffs.ensure_known(message.agent_type)
     session = lifecycle.locked_or_created(caller, message.session_id)
@@ -98,7 +123,7 @@ def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
     if requested and session.turn_count == 0 and session.switch_count == 0:
         # A session that has had nothing yet starts on the agent asked for, without a handoff (section 4, row 3).
         Session.objects.filter(pk=session.pk).update(current_agent=requested)
-        requested = ""
+        session.current_agent, requested = requested, ""
     turn = Turn(pk=ids.in_order(), session=session, position=session.turn_count + 1, requested_agent=requested)
     said = Message(
         session=session, turn=turn, turn_position=turn.position, role=Message.Role.USER, content=message.content
@@ -107,12 +132,24 @@ def _open_turn(message: UserMessage, caller: Caller) -> Accepted:
     title = session.title if session.title is not None else message.content.strip()[:TITLE_CHARS]
     turn_opened(id=session.pk, turn_count=turn.position, title=title)
     log.record(lifecycle.fact(session, "session.message.added", turn_id=turn.pk, role="user", sent_by=caller.name))
-    if not unfinished:
-        # Behind another turn it is that one's end that lets it run.
-        lifecycle.wake_runner(session.pk)
     after = lifecycle.position(session) if unfinished else session.next_seq - 1
-    begins = not unfinished and settings.TURN_RUNNER == "embedded"
-    return Accepted(session.pk, str(turn.pk), after, begins=begins)
+    if unfinished:
+        return Accepted(session.pk, str(turn.pk), after)  # the end of the turn before it lets it run
+    if taker is not None:
+        transaction.on_commit(partial(taker.take_new, _claimed(turn, taker)))
+    else:
+        lifecycle.wake_runner(session.pk)
+    return Accepted(session.pk, str(turn.pk), after, begins=settings.TURN_RUNNER == "embedded")
+
+
+def _claimed(turn: Turn, taker: Taker) -> Begun:
+    try:
+        return claims.claim_new(turn, taker.owner)
+    except (OperationalError, InterfaceError):
+        raise
+    except Exception as error:
+        logger.exception("claim_failed", extra={"turns": 1})
+        raise CannotBegin from error
 
 
 def _make_way(session: Session, busy: Busy, caller: Caller) -> list[Turn]:
@@ -221,8 +258,16 @@ def _take_decision(call: ToolCall, choice: Choice, caller: Caller) -> Accepted:
 def _once(key: Key | None, work: Callable[[], Accepted]) -> Accepted:
     """What `work` accepts; for a message that is repeated under its key, what it has accepted then."""
     if key is None:
-        return work()
-    accepted = Accepted(**idempotency.once(key, lambda: asdict(work())))
+        return replace(work(), is_new=True)
+    done: list[Accepted] = []
+
+    def once() -> dict[str, Any]:
+        done.append(work())
+        return asdict(done[-1])
+
+    accepted = Accepted(**idempotency.once(key, once))
+    if accepted in done:
+        return replace(accepted, is_new=True)
     if not accepted.has_frames:
         return accepted
     return replace(accepted, lost=following.lost(key.caller, accepted.session_id, accepted.after))

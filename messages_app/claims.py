@@ -189,15 +189,21 @@ def _locked(among: TurnQuerySet, room: int) -> list[Turn]:
     return list(among[:room].locked_with_sessions())
 
 
+def claim_new(turn: Turn, owner: str) -> Begun:
+    """Take a turn within the transaction that opens it; the caller holds its session's lock."""
+    (begun,) = _take(owner, [turn], singled_out=False)
+    return begun
+
+
 @transaction.atomic
 def _claim_together(owner: str, locked: Callable[[], list[Turn]], *, singled_out: bool) -> list[Begun]:
-    """The same few statements for any number of turns: with one for each, a thousand took seconds.
-
-    What somebody else has locked is about to change, or about to be claimed: it is looked at the next time.
-    """
+    """What somebody else has locked is about to change, or about to be claimed: it is looked at the next time."""
     turns = locked()
-    if not turns:
-        return []
+    return _take(owner, turns, singled_out=singled_out) if turns else []
+
+
+def _take(owner: str, turns: Sequence[Turn], *, singled_out: bool) -> list[Begun]:
+    """The same few statements for any number of turns: with one for each, a thousand took seconds."""
     session_ids = [turn.session_id for turn in turns]
     left = set(StreamBatch.objects.unnumbered().filter(session_id__in=session_ids).values_list("session_id", flat=True))
     pin = cache(team.pin)

@@ -1,16 +1,18 @@
 """The four ways in. Each stores what came, then follows the session's stream; none of them owns the turn."""
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from functools import partial
 
 from events_app.admission import entrance
 from events_app.database import store
+from events_app.feed import feed
 from events_app.frames import DONE, Frame
 from events_app.stream import follow
 from messages_app import acceptance
 from messages_app.acceptance import Accepted, Refused
 from messages_app.inbound import HitlDecision, Inbound, SwitchAgent, ToolResult, UserMessage, own_key
+from messages_app.runner import here
 from sessions_app.callers import Caller
 from sessions_app.idempotency import Key
 
@@ -51,7 +53,9 @@ class MessageOrchestrationService:
 
         Raises Overloaded: of all that is said, only this is work that nobody has begun.
         """
-        return self._answer(partial(acceptance.user_message, message, self.caller, key), is_new=True)
+        return self._answer(
+            partial(acceptance.user_message, message, self.caller, key), opens_turn_of=message.session_id
+        )
 
     def switch_agent(self, message: SwitchAgent, key: Key | None) -> Frames:
         """Pass the session to another agent at once; exactly one frame."""
@@ -65,11 +69,15 @@ class MessageOrchestrationService:
         """Decide on a tool call that waits; how it was resolved, and the turn when it goes on by that."""
         return self._answer(partial(acceptance.hitl_decision, message, self.caller, key))
 
-    async def _answer(self, accept: Callable[[], Accepted], *, is_new: bool = False) -> Frames:
-        newcomer = entrance.admit(self._arrived_at) if is_new else None
-        try:
+    async def _answer(self, accept: Callable[..., Accepted], *, opens_turn_of: str = "") -> Frames:
+        with ExitStack() as until_left:
+            newcomer = live = None
+            if opens_turn_of:
+                newcomer = entrance.admit(self._arrived_at)
+                until_left.callback(newcomer.has_begun)
+                live = until_left.enter_context(feed.subscribe(opens_turn_of, ends_with_session=False))
             try:
-                accepted = await store(accept)
+                accepted = await (_store_new(accept) if opens_turn_of else store(accept))
             except Refused as refused:
                 # For this request alone, nothing stored: the contract puts these refusals into the stream.
                 yield []
@@ -84,7 +92,13 @@ class MessageOrchestrationService:
                 yield [accepted.lost]
             elif accepted.has_frames:
                 is_complete = False
-                async with aclosing(follow(accepted.session_id, after=accepted.after, until=accepted.origin)) as frames:
+                following = follow(
+                    accepted.session_id,
+                    after=accepted.after,
+                    until=accepted.origin,
+                    live=live if accepted.is_new else None,
+                )
+                async with aclosing(following) as frames:
                     async for ready in frames:
                         if newcomer is not None and ready:
                             newcomer.has_begun()
@@ -94,6 +108,9 @@ class MessageOrchestrationService:
                 if not is_complete:
                     return
             yield [DONE]
-        finally:
-            if newcomer is not None:
-                newcomer.has_begun()
+
+
+async def _store_new(accept: Callable[..., Accepted]) -> Accepted:
+    """A turn that may begin at once is taken by this process as it is stored, if it has a place for it."""
+    with here.taking() as taker:
+        return await store(accept, taker=taker)

@@ -7,7 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 from django.conf import settings
@@ -318,6 +318,39 @@ class EmbeddedRunner(Runner):
     def __init__(self) -> None:
         super().__init__()
         self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._is_taking = False
+        # While others wait for a place, new ones are not taken first.
+        self._has_backlog = True
+
+    @contextmanager
+    def taking(self) -> Iterator["EmbeddedRunner | None"]:
+        """Around the acceptance of a message: this runner, if it may claim the turn in the same transaction.
+
+        One that comes alone begins sooner so. Of several that come together it is cheaper to claim all at once.
+        """
+        if self._has_backlog or self._is_taking or not self._room:
+            self._has_backlog = True
+            yield None
+            return
+        self._is_taking = True
+        try:
+            with self._taking_up():
+                yield self
+        finally:
+            self._is_taking = False
+
+    def take_new(self, begun: Begun) -> None:
+        self._loop.call_soon_threadsafe(self._start, *begun)
+
+    @property
+    def _room(self) -> int:
+        return max(settings.TURNS_AT_ONCE - len(self._running) - self._is_taking, 0)
+
+    def _start(self, claim: Claim, frames: list[Frame]) -> None:
+        task = asyncio.create_task(self.run(claim, frames))
+        self._running.add(task)
+        task.add_done_callback(self._ended)
 
     def wake(self) -> None:
         """A turn may be ready to run."""
@@ -330,9 +363,11 @@ class EmbeddedRunner(Runner):
             asyncio.create_task(every(DEADLINE_SECONDS, end_overdue_calls)),
             asyncio.create_task(every(PRUNE_SECONDS, prune)),
         ]
+        here.runner = self
 
     def begin_stopping(self) -> None:
         super().begin_stopping()
+        here.runner = None
         self.wake()
 
     async def _claim_for_ever(self) -> None:
@@ -345,21 +380,33 @@ class EmbeddedRunner(Runner):
 
     async def _claim_some(self) -> bool:
         """Whether there was anything."""
-        claimed: list[tuple[Claim, list[Frame]]] = []
-        if room := max(settings.TURNS_AT_ONCE - len(self._running), 0):
+        claimed: list[Begun] = []
+        if room := self._room:
             try:
                 claimed = await hop(claims.claim_turns, self.owner, room)
+                self._has_backlog = len(claimed) == room
             except Exception:
                 logger.exception("claim_failed")
-        for claim, frames in claimed:
-            task = asyncio.create_task(self.run(claim, frames))
-            self._running.add(task)
-            task.add_done_callback(self._ended)
+        for begun in claimed:
+            self._start(*begun)
         return bool(claimed)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self.wake()  # the session's next turn may be ready
+
+
+class Here:
+    """The runner of this process that takes new turns, if there is one."""
+
+    def __init__(self) -> None:
+        self.runner: EmbeddedRunner | None = None
+
+    def taking(self) -> AbstractContextManager[EmbeddedRunner | None]:
+        return self.runner.taking() if self.runner is not None else nullcontext()
+
+
+here = Here()
 
 
 async def end_overdue_calls() -> None:

@@ -867,9 +867,12 @@ def test_a_database_that_does_not_answer_is_503_and_a_fault_of_ours_500(open_ser
 
 def test_an_answer_that_breaks_off_is_told_so_and_the_socket_stays_open(open_server: Server) -> None:
     with last_place(open_server, "/ws/broken") as chat:
+        first = user("first", agent_type="coder", message_id="m1")
+        whole = chat.answer_to(first)
         with databases.without(open_server.database, "events_app_streambatch"):
-            broken = chat.answer_to(user("first", agent_type="coder"))
+            broken = chat.answer_to(first)
 
+        assert whole == [said("first")] == chat.answer_to(first)
         assert broken == [error("Streaming error: the answer was interrupted")]
         assert chat.answer_to({"type": "?"}) == [error("Unknown message type: ?")]
 

@@ -11,9 +11,11 @@ def says_yes_before_it_has_stored() -> None:
 
     answer = MessageOrchestrationService._answer
 
-    async def early(self: Any, accept: Callable[[], Any], *, is_new: bool = False) -> AsyncGenerator[list[Any], None]:
+    async def early(
+        self: Any, accept: Callable[..., Any], *, opens_turn_of: str = ""
+    ) -> AsyncGenerator[list[Any], None]:
         yield []
-        async with aclosing(answer(self, accept, is_new=is_new)) as frames:
+        async with aclosing(answer(self, accept, opens_turn_of=opens_turn_of)) as frames:
             async for ready in frames:
                 yield ready
 

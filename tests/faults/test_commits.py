@@ -21,14 +21,15 @@ WRITES = {
     "INSERT agents_app_approvalrequest (agents_app/approvals.py:request)",
     "INSERT events_app_event (agents_app/handoffs.py:hand_over)",
     "UPDATE sessions_app_turn (agents_app/handoffs.py:hand_over)",
-    "INSERT agents_app_teamversion (agents_app/team.py:pin)",
+    "INSERT agents_app_teamversion (agents_app/team.py:_store)",
+    "UPDATE agents_app_teamnow (agents_app/team.py:_pin_anew)",
     "INSERT events_app_event (messages_app/acceptance.py:_open_turn)",
     "INSERT messages_app_message (messages_app/acceptance.py:_open_turn)",
     "INSERT sessions_app_turn (messages_app/acceptance.py:_open_turn)",
     "UPDATE sessions_app_session (messages_app/acceptance.py:_open_turn)",
     "INSERT events_app_auditentry (messages_app/acceptance.py:_write_down_late)",
-    "INSERT events_app_event (messages_app/claims.py:_claim_together)",
-    "INSERT events_app_streambatch (messages_app/claims.py:_claim_together)",
+    "INSERT events_app_event (messages_app/claims.py:_take)",
+    "INSERT events_app_streambatch (messages_app/claims.py:_take)",
     "UPDATE sessions_app_turn (messages_app/claims.py:renew_leases)",
     "INSERT events_app_streambatch (messages_app/claims.py:write_batches)",
     "INSERT events_app_modelcall (messages_app/steps.py:_book)",
@@ -52,7 +53,7 @@ WRITES = {
     "UPDATE sessions_app_turn (sessions_app/models.py:progress)",
     "UPDATE sessions_app_session (sessions_app/models.py:reserve_numbers)",
 }
-FIRST_CLAIM = "INSERT agents_app_teamversion (agents_app/team.py:pin)"
+FIRST_CLAIM = "INSERT agents_app_teamversion (agents_app/team.py:_store)"
 
 
 @pytest.mark.parametrize("act", [COMMITTED, CUT, REFUSED])

@@ -12,8 +12,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from asgiref.sync import SyncToAsync
 from django.contrib.auth import get_user_model
 from django.core.exceptions import PermissionDenied
+from django.db import connections
 from django.db.models import Max, Q
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest
 from django.http.response import HttpResponseBase
@@ -24,7 +26,7 @@ from django_eventstream.views import events, get_listener_manager
 
 from events_app.database import read
 from events_app.models import Event
-from events_app.stream import Place, release_thread
+from events_app.stream import Place
 from orchestrator_site.errors import Unavailable
 from orchestrator_site.http import SESSION_ID
 
@@ -92,9 +94,23 @@ def changes(request: HttpRequest) -> HttpResponseBase:
 async def _watched(parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
     await watch.ensure_running()
     async for part in parts:
-        # The library asked on a thread of its own whether this person may listen.
-        release_thread()
+        _release_thread()
         yield part
+
+
+def _release_thread() -> None:
+    """Give back the thread that Django holds for a request to a page as long as the request is open.
+
+    Its signal handlers, and the library when it asks whether this person may listen, run in a one-thread executor per
+    request (asgiref's thread-sensitive context), made for the first of them and kept to the end of the response: 200
+    streams held 200 threads. A new one is made if needed.
+    """
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context is not None else None
+    if executor is not None:
+        # What it looked up, such as a user of the admin, took a connection, which would be gone with the thread.
+        executor.submit(connections.close_all)
+        executor.shutdown(wait=False)
 
 
 class Watch:

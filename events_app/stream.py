@@ -2,13 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 from typing import Self
 
-from asgiref.sync import SyncToAsync
 from django.conf import settings
-from django.db import connections
 from django.http import StreamingHttpResponse
 
 from events_app import log
@@ -17,7 +15,12 @@ from events_app.feed import Subscription, feed
 from events_app.frames import PING, Frame
 from orchestrator_site.errors import Unavailable
 
-HEADERS = {"Cache-Control": "no-cache", "Connection": "keep-alive", "X-Accel-Buffering": "no"}
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "Connection": "keep-alive",
+    "X-Accel-Buffering": "no",
+}
 
 
 class TooManyStreams(Unavailable):
@@ -135,35 +138,18 @@ class Place:
     def give_back(self) -> None:
         _places.discard(self)
 
-    def response(self, parts: AsyncGenerator[bytes, None]) -> StreamingHttpResponse:
+    def response(self, parts: AsyncGenerator[bytes, None]) -> "EventStream":
         """The response every stream uses."""
-        response = StreamingHttpResponse(self._held(parts), content_type="text/event-stream; charset=utf-8")
-        for name, value in HEADERS.items():
-            response[name] = value
-        # Closed by Django whether or not anybody has read of it.
+        response = EventStream(parts)
+        # Closed by whoever sends it, whether or not anybody has read of it.
         response._resource_closers.append(self.give_back)  # type: ignore[attr-defined]
         self._is_taken = True
         return response
 
-    async def _held(self, parts: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-        release_thread()
-        try:
-            async with aclosing(parts):
-                async for part in parts:
-                    yield part
-        finally:
-            self.give_back()
 
+class EventStream(StreamingHttpResponse):
+    """`parts` is what it streams, without the layers that Django puts around it."""
 
-def release_thread() -> None:
-    """Give back the thread that Django holds for an ASGI request as long as the request is open.
-
-    Its signal handlers run in a one-thread executor per request (asgiref's thread-sensitive context), made for the
-    first of them and kept to the end of the response: 200 streams held 200 threads. A new one is made if needed.
-    """
-    context = SyncToAsync.thread_sensitive_context.get(None)
-    executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context is not None else None
-    if executor is not None:
-        # What it looked up, such as a user of the admin, took a connection, which would be gone with the thread.
-        executor.submit(connections.close_all)
-        executor.shutdown(wait=False)
+    def __init__(self, parts: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(parts, headers=HEADERS)
+        self.parts = parts

@@ -12,11 +12,12 @@ from io import BytesIO
 from typing import Any, cast
 
 from django.core.handlers.asgi import ASGIRequest
-from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.urls import resolve
 from rest_framework.response import Response
 
+from events_app.stream import EventStream
 from orchestrator_site.errors import BadRequest
 from orchestrator_site.guard import App, Receive, Send, refuse
 from orchestrator_site.middleware import RequestMiddleware, answer, as_api_error
@@ -108,9 +109,9 @@ async def _call(request: HttpRequest) -> HttpResponseBase:
 async def _send(response: HttpResponseBase, send: Send, leaving: _Leaving) -> None:
     headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in response.items()]
     start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
-    if isinstance(response, StreamingHttpResponse):
+    if isinstance(response, EventStream):
         await send(start)
-        async with aclosing(aiter(response)) as parts:  # type: ignore[type-var]
+        async with aclosing(response.parts) as parts:
             async for part in parts:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         leaving.no_more()

@@ -11,7 +11,6 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from events_app.stream import release_thread
 from orchestrator_site.errors import RETRY_AFTER, BadRequest, NotFound
 from orchestrator_site.http import allow
 from orchestrator_site.middleware import (
@@ -44,7 +43,6 @@ async def healthz(request: HttpRequest) -> HttpResponseBase:
 @allow("GET", "HEAD")
 async def readyz(request: HttpRequest) -> HttpResponseBase:
     """GET /readyz: whether it can serve, and what is missing."""
-    release_thread()  # it may wait for two seconds
     seen = await readiness.look()
     if seen["status"] == UNAVAILABLE:
         return JsonResponse(seen, status=503, headers={"Retry-After": RETRY_AFTER})

@@ -95,16 +95,38 @@ def _submit(executor: ThreadPoolExecutor, function: Callable[..., T], args: Any,
 
 
 async def _unless_silent(work: "asyncio.Future[T]") -> T:
-    asked_at = time.monotonic()
+    silence = _Silence(work)
     try:
-        while not work.done():
-            patience = max(asked_at, _answered_at) + SILENCE_SECONDS - time.monotonic()
-            if patience <= 0:
-                raise OperationalError("the database answers nobody")
-            await asyncio.wait([work], timeout=patience)
-        return work.result()
+        return await work
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if silence.is_over and task is not None and not task.cancelling():
+            raise OperationalError("the database answers nobody") from None
+        raise
     finally:
+        silence.end()
         work.cancel()  # what has not begun never does
+
+
+class _Silence:
+    """Ends the wait for some work when the database has answered nobody for SILENCE_SECONDS."""
+
+    def __init__(self, work: "asyncio.Future[Any]") -> None:
+        self.is_over = False
+        self._work = work
+        self._asked_at = time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(SILENCE_SECONDS, self._look)
+
+    def _look(self) -> None:
+        patience = max(self._asked_at, _answered_at) + SILENCE_SECONDS - time.monotonic()
+        if patience > 0:
+            self._timer = asyncio.get_running_loop().call_later(patience, self._look)
+        elif not self._work.done():
+            self.is_over = True
+            self._work.cancel()
+
+    def end(self) -> None:
+        self._timer.cancel()
 
 
 def on_database_thread(view: Callable[..., HttpResponseBase]) -> Callable[..., Any]:

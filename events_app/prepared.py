@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Generic, TypeVar
 
-from django.db import connection
+from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.models import Field, Model, QuerySet, Value
 from django.db.models.constants import OnConflict
 from django.db.models.expressions import DatabaseDefault
@@ -20,6 +20,11 @@ from django.db.models.sql import UpdateQuery
 from django.db.models.sql.compiler import SQLCompiler
 
 T = TypeVar("T")
+
+
+def _db() -> Any:
+    """This thread's connection itself: `django.db.connection` looks it up anew for each of its attributes."""
+    return connections[DEFAULT_DB_ALIAS]
 
 
 class Slot(Value):
@@ -47,7 +52,8 @@ class _Statement:
         return "", parameter
 
     def parameters(self, values: dict[str, Any]) -> list[Any]:
-        return [known(values[name], connection) if name else known for name, known in self._parameters]
+        db = _db()
+        return [known(values[name], db) if name else known for name, known in self._parameters]
 
 
 class _PerThread(threading.local):
@@ -78,7 +84,7 @@ class Rows(Generic[T]):
     def each(self, **values: Any) -> Iterator[T]:
         """The rows one after the other: those that nobody asks for are not read."""
         compiled = self._compiled.statement or self._compile()
-        with connection.cursor() as cursor:
+        with _db().cursor() as cursor:
             cursor.execute(compiled.sql, compiled.parameters(values))
             for row in cursor:
                 yield compiled.instance(row)
@@ -94,7 +100,8 @@ class Rows(Generic[T]):
 
 class _Selection(_Statement):
     def __init__(self, queryset: "QuerySet[Any]") -> None:
-        compiler = queryset.query.get_compiler(connection=connection)
+        self._db = db = _db()
+        compiler = queryset.query.get_compiler(connection=db)
         super().__init__(*compiler.as_sql())
         select, information = compiler.select, compiler.klass_info
         # Any other class yields values.
@@ -104,7 +111,7 @@ class _Selection(_Statement):
             self._first, self._end = columns[0], columns[-1] + 1
             self._model = information["model"]
             self._names = [each[0].target.attname for each in select[self._first : self._end]]
-            self._populators = get_related_populators(information, select, connection.alias)  # type: ignore[call-arg]
+            self._populators = get_related_populators(information, select, db.alias)  # type: ignore[call-arg]
             self._annotations = list((compiler.annotation_col_map or {}).items())
         expressions = [each[0] for each in select[: compiler.col_count]]
         self._converters = [
@@ -116,10 +123,10 @@ class _Selection(_Statement):
     def instance(self, row: Sequence[Any]) -> Any:
         row = list(row)
         for position, converter, expression in self._converters:
-            row[position] = converter(row[position], expression, connection)
+            row[position] = converter(row[position], expression, self._db)
         if not self._is_of_models:
             return row
-        instance = self._model.from_db(connection.alias, self._names, row[self._first : self._end])
+        instance = self._model.from_db(self._db.alias, self._names, row[self._first : self._end])
         for populator in self._populators:
             populator.populate(row, instance)
         for name, position in self._annotations:
@@ -151,7 +158,7 @@ class Update:
     def many(self, executions: Sequence[dict[str, Any]]) -> int:
         """Once for each of these values, at the cost of about one statement; how many rows all of them changed."""
         compiled = self._compiled.statement or self._compile()
-        with connection.cursor() as cursor:
+        with _db().cursor() as cursor:
             _execute(cursor, compiled.sql, [compiled.parameters(values) for values in executions])
             changed: int = cursor.rowcount
         return changed
@@ -161,7 +168,7 @@ class Update:
         query = self._rows(slot).query.chain(UpdateQuery)
         query.clear_ordering(force=True)
         query.add_update_values(self._changes(slot))  # type: ignore[attr-defined]
-        compiled = self._compiled.statement = _Statement(*query.get_compiler(connection=connection).as_sql())
+        compiled = self._compiled.statement = _Statement(*query.get_compiler(connection=_db()).as_sql())
         return compiled
 
 
@@ -178,17 +185,17 @@ _inserts: dict[tuple[type[Model], str, tuple[str, ...], OnConflict | None], str]
 
 def insert(*instances: Model, on_conflict: OnConflict | None = None) -> None:
     """Insert new rows. Numbers that the database gives them are not read back, nor what it fills in; no signals."""
-    with connection.cursor() as cursor:
+    db = _db()
+    with db.cursor() as cursor:
         for (model, fields), alike in groupby(instances, key=_given):
-            key = (model, connection.vendor, tuple(field.attname for field in fields), on_conflict)
+            key = (model, db.vendor, tuple(field.attname for field in fields), on_conflict)
             sql = _inserts.get(key) or _inserts.setdefault(key, _insert(model, fields, on_conflict))
             rows = [
-                [field.get_db_prep_save(getattr(instance, field.attname), connection) for field in fields]
-                for instance in alike
+                [field.get_db_prep_save(getattr(instance, field.attname), db) for field in fields] for instance in alike
             ]
             _execute(cursor, sql, rows)
     for instance in instances:
-        instance._state.adding, instance._state.db = False, connection.alias
+        instance._state.adding, instance._state.db = False, db.alias
 
 
 def _given(instance: Model) -> tuple[type[Model], "tuple[Field[Any, Any], ...]"]:
@@ -203,7 +210,7 @@ def _given(instance: Model) -> tuple[type[Model], "tuple[Field[Any, Any], ...]"]
 
 
 def _insert(model: type[Model], fields: "Sequence[Field[Any, Any]]", on_conflict: OnConflict | None) -> str:
-    operations: Any = connection.ops
+    operations = _db().ops
     quoted = operations.quote_name
     columns = ", ".join(quoted(str(field.column)) for field in fields)
     places = ", ".join(["%s"] * len(fields))

@@ -7,6 +7,7 @@ opened, renders on it, and has each request pass through the middleware of the a
 import asyncio
 from collections.abc import MutableMapping
 from contextlib import aclosing
+from functools import lru_cache
 from inspect import isawaitable
 from io import BytesIO
 from typing import Any, cast
@@ -91,9 +92,13 @@ class _Leaving:
         self._task.cancel()
 
 
+# To find a path costs as much as to answer a small request, and most requests have the same.
+_found = lru_cache(maxsize=256)(resolve)
+
+
 async def _call(request: HttpRequest) -> HttpResponseBase:
     try:
-        found = resolve(request.path_info)
+        found = _found(request.path_info)
         request.resolver_match = found
         response = found.func(request, *found.args, **found.kwargs)
         # All but one go to the database or wait for something.

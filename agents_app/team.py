@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models import Model
 
 from agents_app.llm import ModelError
@@ -81,6 +81,7 @@ def pin() -> int:
     return known[0] if known else _pin_anew()
 
 
+@transaction.atomic
 def _pin_anew() -> int:
     revision = TeamNow.objects.values_list("revision", flat=True).first()
     version = _store(_at_one_moment())

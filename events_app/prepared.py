@@ -8,11 +8,13 @@ cursors and its fields.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from django.db import DEFAULT_DB_ALIAS, connections
-from django.db.models import Field, Model, QuerySet, Value
+from django.db.models import BooleanField, CharField, Field, IntegerField, Model, QuerySet, TextField, Value
 from django.db.models.constants import OnConflict
 from django.db.models.expressions import DatabaseDefault
 from django.db.models.query import ModelIterable, get_related_populators
@@ -181,42 +183,56 @@ def _slots(model: type[Model]) -> Callable[..., Slot]:
 
 
 _inserts: dict[tuple[type[Model], str, tuple[str, ...], OnConflict | None], str] = {}
+# Columns whose fields pass values of these types on as they are.
+PLAIN_FIELDS = (CharField, TextField, IntegerField, BooleanField)
+PLAIN_TYPES = (str, int, bool)
 
 
 def insert(*instances: Model, on_conflict: OnConflict | None = None) -> None:
     """Insert new rows. Numbers that the database gives them are not read back, nor what it fills in; no signals."""
     db = _db()
     with db.cursor() as cursor:
-        for (model, fields), alike in groupby(instances, key=_given):
-            key = (model, db.vendor, tuple(field.attname for field in fields), on_conflict)
-            sql = _inserts.get(key) or _inserts.setdefault(key, _insert(model, fields, on_conflict))
-            rows = [
-                [field.get_db_prep_save(getattr(instance, field.attname), db) for field in fields] for instance in alike
-            ]
-            _execute(cursor, sql, rows)
+        for (model, names), alike in groupby((_row(instance, db) for instance in instances), key=itemgetter(0)):
+            key = (model, db.vendor, names, on_conflict)
+            sql = _inserts.get(key) or _inserts.setdefault(key, _insert(model, names, on_conflict))
+            _execute(cursor, sql, [row for _, row in alike])
     for instance in instances:
         instance._state.adding, instance._state.db = False, db.alias
 
 
-def _given(instance: Model) -> tuple[type[Model], "tuple[Field[Any, Any], ...]"]:
-    """The model, and the columns of it for which the instance has values."""
-    given = tuple(
-        field
-        for field in instance._meta.local_concrete_fields
-        if not (field.primary_key and instance.pk is None)
-        and not isinstance(getattr(instance, field.attname), DatabaseDefault)
-    )
-    return type(instance), given
+def _row(instance: Model, db: Any) -> tuple[tuple[type[Model], tuple[str, ...]], list[Any]]:
+    """The columns of its model for which the instance has values, and these."""
+    names, row = [], []
+    for name, is_key, is_plain, prepare in _columns(type(instance)):
+        value = getattr(instance, name)
+        kind = type(value)
+        if kind is DatabaseDefault or (is_key and value is None):
+            continue
+        names.append(name)
+        row.append(value if is_plain and kind in PLAIN_TYPES else prepare(value, db))
+    return (type(instance), tuple(names)), row
 
 
-def _insert(model: type[Model], fields: "Sequence[Field[Any, Any]]", on_conflict: OnConflict | None) -> str:
+@cache
+def _columns(model: type[Model]) -> list[tuple[str, bool, bool, Callable[[Any, Any], Any]]]:
+    return [
+        (field.attname, field.primary_key, _is_plain(field), field.get_db_prep_save)
+        for field in model._meta.local_concrete_fields
+    ]
+
+
+def _is_plain(field: Any) -> bool:
+    return isinstance(getattr(field, "target_field", field), PLAIN_FIELDS)
+
+
+def _insert(model: type[Model], names: Sequence[str], on_conflict: OnConflict | None) -> str:
     operations = _db().ops
-    quoted = operations.quote_name
-    columns = ", ".join(quoted(str(field.column)) for field in fields)
+    fields = [field for field in model._meta.local_concrete_fields if field.attname in names]
+    columns = ", ".join(operations.quote_name(str(field.column)) for field in fields)
     places = ", ".join(["%s"] * len(fields))
     begin = operations.insert_statement(on_conflict=on_conflict)
     end = operations.on_conflict_suffix_sql(fields, (), on_conflict, ())
-    return f"{begin} {quoted(model._meta.db_table)} ({columns}) VALUES ({places}) {end}".rstrip()
+    return f"{begin} {operations.quote_name(model._meta.db_table)} ({columns}) VALUES ({places}) {end}".rstrip()
 
 
 def _execute(cursor: Any, sql: str, rows: Sequence[Sequence[Any]]) -> None:

@@ -10,7 +10,7 @@ from django.test.utils import CaptureQueriesContext
 from rest_framework.test import APIRequestFactory, force_authenticate
 from rest_framework.views import APIView
 
-from agents_app import approvals
+from agents_app import approvals, team
 from agents_app.approval_views import ApprovalsView, OpenCallsView, PendingApprovalsView
 from agents_app.approvals import Choice, Verdict
 from agents_app.binding import args_hash
@@ -130,6 +130,7 @@ def test_fifty_turns_are_claimed_with_as_many_queries_as_five(lost: bool) -> Non
             if lost:
                 claims.claim_turns("dead", number)
                 Turn.objects.update(lease_until=Now())
+            team.pin()  # the version is known until the team is changed
             with CaptureQueriesContext(connection) as queries:
                 claimed = claims.claim_turns("next", 100)
             transaction.set_rollback(True)
@@ -137,4 +138,4 @@ def test_fifty_turns_are_claimed_with_as_many_queries_as_five(lost: bool) -> Non
         taken.append(len(queries))
 
     assert taken[0] == taken[1]
-    assert taken[0] <= 22
+    assert taken[0] <= 16

@@ -266,12 +266,18 @@ class Load:
         session_ids: list[str],
         followers: Sequence[Follower] = (),
         *,
+        apart: float = 0,
         on_streaming: Callable[[], None] = lambda: None,
     ) -> tuple[list[Turn], int]:
-        """One turn in each session, all at once, to the end of every stream; and when all of them streamed."""
+        """One turn in each session, so many seconds apart, to the end of every stream; when all of them streamed."""
         turns = [Turn(session_id, self.dialect) for session_id in session_ids]
         clients = [Client(turn, self._message(turn.session_id)) for turn in turns]
-        await asyncio.gather(*[self._open(client, self.port) for client in clients])
+        if apart:
+            for number, client in enumerate(clients):
+                await asyncio.sleep(0 if number == 0 else apart)
+                await self._open(client, self.port)
+        else:
+            await asyncio.gather(*[self._open(client, self.port) for client in clients])
         await together(client.streams for client in clients)
         streaming_at = time.monotonic_ns()
         on_streaming()
@@ -414,6 +420,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3, help="how long that counts")
     parser.add_argument("--dialect", choices=DIALECTS, default="ours")
     parser.add_argument("--routed", action="store_true", help="let the orchestrator route every message")
+    parser.add_argument("--apart", type=float, default=0, help="seconds between the starts of turns; else all at once")
     parser.add_argument("--follow", type=int, help="port of the server at which every session has a follower")
     arguments = parser.parse_args()
 
@@ -444,7 +451,7 @@ async def measure(arguments: argparse.Namespace) -> None:
             session_ids, arguments.streams, arguments.seconds, on_settled=on_streaming, on_over=on_over
         )
     else:
-        turns, since = await load.run(session_ids, followers, on_streaming=on_streaming)
+        turns, since = await load.run(session_ids, followers, apart=arguments.apart, on_streaming=on_streaming)
         on_over()
     costs = {"seconds": time.monotonic() - began, "load_cpu_seconds": cpu_seconds() - cpu}
     if until is not None:

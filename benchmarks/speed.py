@@ -63,6 +63,9 @@ MODEL_LIBRARIES = ("aiohttp", "openai", "pydantic_ai")
 FAULTS = ("failed", "lost", "repeated", "disordered")
 SINGLES = 20
 LOOK_SECONDS = 0.5
+# Between the starts of many streams, in seconds: less than half of what the slowest can begin.
+APART = 1 / 50
+LOOKED_AT = 8.0
 FLOOR, SQLITE, POSTGRESQL = "floor", "SQLite", "PostgreSQL"
 
 Figures = dict[str, float]
@@ -159,13 +162,13 @@ class Meter:
         }
 
     def quiet(self, streams: int, tokens: int) -> Figures:
-        """Streams that are all open, with a token a second each."""
-        with self.load(streams, tokens, "1") as load:
+        """Streams that are all open, with a token a second each; how many can begin at once is another question."""
+        with self.load(streams, tokens, "1", "--apart", str(APART)) as load:
             idle, idle_kib = self.bench.held(), private_kib(self.bench.server.pid)
             begin(load)
             line_of(load)  # all stream
             before, most, most_kib, connections = self.used(load), idle, idle_kib, 0
-            ends = before.at + tokens / 4
+            ends = before.at + LOOKED_AT
             while time.monotonic() < ends:
                 most, most_kib = most.or_more(self.bench.held()), max(most_kib, private_kib(self.bench.server.pid))
                 connections = max(connections, self.bench.system.connections(self.bench.server.pid))
@@ -454,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.5, help="how long each run at full speed counts")
     parser.add_argument("--turns", type=int, default=320, help="of 200 tokens, at most, in each of those")
     parser.add_argument("--streams", type=int, default=1_000, help="that are open at once, with a token a second")
-    parser.add_argument("--quiet", type=int, default=20, help="tokens of each of those")
+    parser.add_argument("--quiet", type=int, default=40, help="tokens of each of those")
     parser.add_argument("--peers", action="store_true", help="Agno and Aegra too: `make bench-peers` installs them")
     arguments = parser.parse_args(argv)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

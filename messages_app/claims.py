@@ -19,6 +19,7 @@ from events_app import log, prepared
 from events_app.chunks import ErrorShown, Restarted, TurnFinished, TurnStarted, encode
 from events_app.frames import Frame
 from events_app.models import Event, StreamBatch
+from events_app.prepared import Rows
 from messages_app.turn_stream import BLOCK
 from sessions_app import lifecycle
 from sessions_app.models import (
@@ -325,12 +326,27 @@ def release(claim: Claim) -> None:
         lifecycle.wake_runner(claim.session_id)
 
 
-def wishes(owner: str, turn_ids: Sequence[uuid.UUID]) -> set[str]:
+_cancelled = Rows(
+    Turn,
+    lambda slot: (
+        Turn.objects.held_by(slot("owner"))
+        .filter(cancel_requested_at__isnull=False)
+        .values_list("session_id")
+        .order_by()
+    ),
+)
+# Asked of each of these sessions: to list all frames that wait, SQLite reads the whole log.
+_left_behind = Rows(
+    Turn,
+    lambda slot: (
+        Turn.objects.held_by(slot("owner"))
+        .filter(Exists(StreamBatch.objects.unnumbered().filter(session_id=OuterRef("session_id"))))
+        .values_list("session_id")
+        .order_by()
+    ),
+)
+
+
+def wishes(owner: str) -> set[str]:
     """The sessions in which somebody left something to a turn that this runner works on: a frame, a wish to cancel."""
-    held = Turn.objects.held_by(owner).filter(pk__in=turn_ids)
-    # Asked of each of these sessions: to list all frames that wait, SQLite reads the whole log.
-    waiting = Exists(StreamBatch.objects.unnumbered().filter(session_id=OuterRef("session_id")))
-    return {
-        *held.filter(cancel_requested_at__isnull=False).values_list("session_id", flat=True),
-        *held.filter(waiting).values_list("session_id", flat=True),
-    }
+    return {session_id for found in (_cancelled, _left_behind) for (session_id,) in found(owner=owner)}

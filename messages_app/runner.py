@@ -296,7 +296,7 @@ class Runner:
     async def _look(self) -> None:
         """Learn of what others have left to this runner's turns and could not tell it."""
         if self._streams:
-            for session_id in await read(claims.wishes, self.owner, list(self._streams)):
+            for session_id in await read(claims.wishes, self.owner):
                 feed.look(session_id)
 
     async def _release_abandoned(self) -> None:

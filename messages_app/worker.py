@@ -8,6 +8,7 @@ from typing import Any
 
 from procrastinate import App
 
+from events_app import collector
 from events_app.clock import end_in_time
 from events_app.database import close_threads
 from events_app.feed import feed
@@ -31,6 +32,7 @@ async def work(app: App, **options: Any) -> None:
     feed.attach(asyncio.get_running_loop(), on_wake=lambda: None)
     relay.start()
     runner.start()
+    collector.settle()
     _obey_signals(told)
     fetching = asyncio.create_task(_fetch_for_ever(app, runner, options))
     taking_up = asyncio.create_task(_take_up_all(runner))

@@ -1,7 +1,6 @@
 """What the server imports: Django and the sockets behind the guard, and what runs beside them on the same loop."""
 
 import asyncio
-import gc
 import os
 from collections.abc import MutableMapping
 from typing import Any
@@ -14,6 +13,7 @@ pages = get_asgi_application()
 
 from django.conf import settings  # noqa: E402 (needs the apps)
 
+from events_app import collector  # noqa: E402
 from events_app.clock import every  # noqa: E402
 from events_app.database import close_threads, read  # noqa: E402
 from events_app.feed import feed  # noqa: E402
@@ -92,10 +92,7 @@ class Application:
         if self.beside is None:
             self.beside = Beside()
             self.beside.start()
-            # What start-up made lives as long as the process. Left to the collector, each full collection walked all of
-            # it and stopped every stream for 57 to 76 ms. The few thousand objects of it that are garbage may stay too.
-            gc.freeze()
-            gc.enable()  # `serve` starts without it
+            collector.settle()
 
 
 application = Application(Guard(ProtocolTypeRouter({"http": Http(pages), "websocket": sockets})))

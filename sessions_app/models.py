@@ -250,7 +250,7 @@ class TurnQuerySet(QuerySet["Turn"]):
         """Running turns that were suspect when they were claimed and have not settled a step since."""
         return self.filter(status=Turn.Status.RUNNING, lost_count__gte=settings.TURN_MAX_LOSSES - 1)
 
-    def held_by(self, owner: str) -> Self:
+    def held_by(self, owner: Any) -> Self:
         return self.filter(status=Turn.Status.RUNNING, owner=owner)
 
     def held(self, turn_id: Any, owner: Any, attempt: Any) -> Self:

@@ -15,6 +15,7 @@ import pytest
 from events_app.database import THREADS
 from tests import databases
 from tests.databases import ON_POSTGRESQL
+from tests.pausing import pause_in_a_turn
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
 from tests.server import KEY, Frame, Server, eventually, running, until
 
@@ -287,13 +288,13 @@ def test_a_paused_runner_that_wakes_up_after_its_lease_writes_nothing(
         with paused.streaming(user("go"), session_id) as answer:
             seen = until(answer, "assistant_message")
             gate.reached.wait()
-            assert paused.process is not None
-            os.kill(paused.process.pid, signal.SIGSTOP)
+            pause_in_a_turn(paused)
             other = Server(tmp_path, LLM_BASE_URL=llm.url)
             other.start()
             try:
                 eventually(lambda: turn_statuses(other, session_id) == ["completed"])
                 gate.open()
+                assert paused.process is not None
                 os.kill(paused.process.pid, signal.SIGCONT)
                 rest = list(answer)
                 assert other.history(session_id) == [("user", "go"), ("assistant", "From the other one.")]

@@ -11,6 +11,7 @@ from tests.faults import bugs
 from tests.faults.checker import check
 from tests.faults.conversation import have_a_conversation, killed_at
 from tests.faults.harness import FaultyServer, Trial, faulty, message, second, signal_to
+from tests.pausing import pause_in_a_turn
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
 from tests.server import until
 
@@ -82,7 +83,7 @@ def test_a_paused_runner_whose_writes_count_when_it_wakes_up(
         llm.default = lambda _: next(replies, say("From the other one."))
         with sleeper.streaming({"type": "user_message", **message(1)}, "s") as frames:
             seen = until(frames, "assistant_message")
-            signal_to(sleeper, signal.SIGSTOP)
+            pause_in_a_turn(sleeper)
             with other.following("s") as followed:
                 until(followed, "turn_finished")
             signal_to(sleeper, signal.SIGCONT)

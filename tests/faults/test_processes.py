@@ -1,17 +1,15 @@
 """F3, F4, F14: processes that are told to stop, that are paused, that start together."""
 
 import signal
-import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests import databases
-from tests.databases import ON_POSTGRESQL
 from tests.faults.harness import IN_FULL, FaultyServer, Judge, Trial, passed, second, seed, signal_to
+from tests.pausing import pause_in_a_turn
 from tests.scripted_llm import ScriptedLLM
 from tests.server import eventually
 
@@ -60,36 +58,6 @@ def test_one_of_two_is_paused_past_its_leases_and_wakes_up(
 
         judge(trial, PAUSES)
         assert "turn_lost" in server.log.read_text() + other.log.read_text(), "nobody woke up after its lease"
-
-
-def pause_in_a_turn(server: FaultyServer) -> None:
-    """SIGSTOP, at a moment in which it holds one.
-
-    Inside a transaction it would keep SQLite's lock from everybody for as long as it sleeps, as in F9: that is another
-    moment. PostgreSQL ends such transactions.
-    """
-    assert server.process is not None
-    runner = f"%-{server.process.pid}-%"
-    held = "SELECT count(*) FROM sessions_app_turn WHERE status = 'running' AND owner LIKE ?"
-
-    def holds_one_and_sleeps() -> bool:
-        signal_to(server, signal.SIGSTOP)
-        if databases.rows(server.database, held, runner)[0][0] and (ON_POSTGRESQL or has_no_lock(server)):
-            return True
-        signal_to(server, signal.SIGCONT)
-        return False
-
-    eventually(holds_one_and_sleeps, seconds=120)
-
-
-def has_no_lock(server: FaultyServer) -> bool:
-    """Whether somebody else can write; the other process is soon done."""
-    with closing(sqlite3.connect(server.database, timeout=0.3)) as connection:
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            return False
-        return True
 
 
 def test_two_processes_start_together_on_interrupted_turns(

@@ -38,6 +38,9 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/streams.py
 	$(BIN)/python benchmarks/scaled.py
+	$(BIN)/python benchmarks/rest.py
+	$(BIN)/python benchmarks/overload.py
+	$(BIN)/python benchmarks/readers.py
 
 # Agno and Aegra beside ours, each in an environment of its own.
 PEERS := benchmarks/peers/.venv

@@ -45,7 +45,8 @@ class Relay(Protocol):
     def close(self, session_id: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+# Frozen, it would take four times as long to make, and there is one for each token. Nobody changes it.
+@dataclass(slots=True)
 class Batch:
     """Frames that were published together, and how they join what came before.
 

@@ -9,7 +9,8 @@ PING = b": ping\n\n"
 _FORWARDED = FORWARDED_PREFIX.encode()
 
 
-@dataclass(frozen=True, slots=True)
+# Frozen, it would take four times as long to make, and there is one for each token. Nobody changes it.
+@dataclass(slots=True)
 class Frame:
     """`origin` is the turn (or the switch) that it belongs to; an answer to a POST ends with a frame that `closes`."""
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 from typing import Self
+from weakref import WeakKeyDictionary
 
 from django.conf import settings
 from django.http import StreamingHttpResponse
@@ -21,6 +22,12 @@ HEADERS = {
     "Connection": "keep-alive",
     "X-Accel-Buffering": "no",
 }
+
+
+# How long replays rest, by the time that a page took to read; to send it takes as long.
+REST_FOR_PAGE = 4
+# However many they are, nobody waits much longer for a page: a stream may not be silent for too long.
+LONGEST_ROUND_SECONDS = 5.0
 
 
 class TooManyStreams(Unavailable):
@@ -44,14 +51,16 @@ async def follow(
                 # The unlogged ones first: what leaves that list while the log is read is in the log by then.
                 live.begin_reading()
                 unlogged = feed.unlogged(session_id)
-                more = True
-                while more:
-                    logged, more = await read(log.page, session_id, after)
+                logged, more = await read(log.page, session_id, after)
+                while True:
                     ready, after, closed = _fresh(logged, after, until)
                     if ready:
                         yield ready
                     if closed:
                         return
+                    if not more:
+                        break
+                    logged, more = await _further_page(session_id, after)
                 ready, after, closed = _fresh(unlogged, after, until)
                 if ready:
                     yield ready
@@ -76,6 +85,41 @@ async def follow(
                 if live.waits_for_commit:
                     await asyncio.sleep(settings.STREAM_COMMIT_SECONDS)
                 live.reread = True
+
+
+class _Replays:
+    """Reads further pages of the log: readers of long ones come one after the other, with rests when others wait.
+
+    Two hundred of them took the whole process for more than a minute, and a turn's first token came after 0.7 s.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._number = 0
+
+    async def page(self, session_id: str, after: int) -> tuple[list[Frame], bool]:
+        self._number += 1
+        try:
+            async with self._lock:
+                began = time.monotonic()
+                page = await read(log.page, session_id, after)
+                if self._number > 1:
+                    rest = REST_FOR_PAGE * (time.monotonic() - began)
+                    await asyncio.sleep(min(rest, LONGEST_ROUND_SECONDS / self._number))
+                return page
+        finally:
+            self._number -= 1
+
+
+# Of each event loop.
+_replays: WeakKeyDictionary[asyncio.AbstractEventLoop, _Replays] = WeakKeyDictionary()
+
+
+async def _further_page(session_id: str, after: int) -> tuple[list[Frame], bool]:
+    loop = asyncio.get_running_loop()
+    if loop not in _replays:
+        _replays[loop] = _Replays()
+    return await _replays[loop].page(session_id, after)
 
 
 def _fresh(frames: list[Frame], after: int, until: str | None) -> tuple[list[Frame], int, bool]:

@@ -116,7 +116,7 @@ def look(claim: Claim) -> Scene | None:
         toolbox,
     )
     # A process that slept between these reads has parts of what another runner made of the turn.
-    Turn.ensure_running(claim)
+    Turn.ensure_still_running(claim)
     return scene
 
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Self
 
 from django.conf import settings
-from django.db import models
+from django.db import connection, models
 from django.db.models import Case, Exists, F, OuterRef, Q, QuerySet, When
 from django.db.models.expressions import Combinable, CombinedExpression
 from django.db.models.functions import Coalesce, Now
@@ -272,12 +272,14 @@ class TurnQuerySet(QuerySet["Turn"]):
 
         Two queries: a lock may be waited for longer than a lease lasts, and the time of a query is that of its start.
         """
-        locked = self.filter(pk__in=turn_ids, status=Turn.Status.RUNNING)
+        named = self.filter(pk__in=turn_ids, status=Turn.Status.RUNNING)
         if owner is not None:
-            locked = locked.filter(owner=owner)
-        # In one order, whoever locks several.
-        locked_ids = list(locked.select_for_update().order_by("pk").values_list("pk", flat=True))
-        return self.filter(pk__in=locked_ids, status=Turn.Status.RUNNING, lease_until__gt=Now())
+            named = named.filter(owner=owner)
+        if connection.features.has_select_for_update:
+            # In one order, whoever locks several.
+            named = self.filter(pk__in=list(named.select_for_update().order_by("pk").values_list("pk", flat=True)))
+        # On SQLite the transaction is the lock, and was waited for before its first query.
+        return named.filter(status=Turn.Status.RUNNING, lease_until__gt=Now())
 
 
 class Turn(models.Model):
@@ -405,6 +407,12 @@ class Turn(models.Model):
         return turn
 
     @staticmethod
+    def ensure_still_running(claim: Claim) -> None:
+        """The same without reading it again."""
+        if held_uncancelled.first(**claim.fence) is None:
+            Turn.ensure_running(claim)
+
+    @staticmethod
     def finish(claim: Claim, status: Status, *, code: str = "", **changes: Any) -> None:
         """End a running turn. A cancelled one can end in no other way."""
         ending = {"status": status, "code": code, **ENDS, **changes}
@@ -479,6 +487,7 @@ def _held(slot: Callable[..., Slot]) -> TurnQuerySet:
 
 
 held_turn = Rows(Turn, lambda slot: _held(slot).select_related("session"))
+held_uncancelled = Rows(Turn, lambda slot: _held(slot).filter(cancel_requested_at__isnull=True).values_list("attempt"))
 held_turn_locked = Rows(Turn, lambda slot: _held(slot).select_for_update())
 locked_session = Rows(Session, lambda slot: Session.objects.locked().filter(pk=slot("id")).order_by())
 # In no order: for one SQLite would walk through all turns that there ever were.

@@ -42,3 +42,29 @@ def test_the_end_of_an_answer_that_is_published_after_the_next_turn_began_is_not
                 await anext(answer)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.django_db(transaction=True)
+def test_readers_that_replay_together_read_everything_and_one_that_leaves_holds_up_nobody() -> None:
+    """Further pages of the log are read one after the other."""
+    count = 5 * log.PAGE // 2
+
+    async def read_all() -> list[int]:
+        seen: list[int] = []
+        async with aclosing(follow("long", after=0)) as batches:
+            while not seen or seen[-1] < count:
+                seen += [frame.seq for frame in await anext(batches)]
+        return seen
+
+    async def scenario() -> None:
+        for number in range(1, count + 1):
+            await hop(log.append, "long", [frame(number)])
+        readers = [asyncio.create_task(read_all()) for _ in range(20)]
+        leaving = [asyncio.create_task(read_all()) for _ in range(5)]
+        await asyncio.wait([*readers, *leaving], timeout=0.05)
+        for task in leaving:
+            task.cancel()
+
+        assert await asyncio.wait_for(asyncio.gather(*readers), 30) == [list(range(1, count + 1))] * 20
+
+    asyncio.run(scenario())

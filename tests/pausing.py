@@ -4,6 +4,7 @@ import os
 import signal
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 from tests import databases
 from tests.databases import ON_POSTGRESQL
@@ -22,12 +23,22 @@ def pause_in_a_turn(server: Server) -> None:
 
     def holds_one_and_sleeps() -> bool:
         os.kill(process_id, signal.SIGSTOP)
+        # One of its threads takes the signal and then stops the others, which on a busy machine go on until then.
+        eventually(lambda: all(state == "T" for state in states(process_id)))
         if databases.rows(server.database, held, f"%-{process_id}-%")[0][0] and (ON_POSTGRESQL or has_no_lock(server)):
             return True
         os.kill(process_id, signal.SIGCONT)
         return False
 
     eventually(holds_one_and_sleeps, seconds=120)
+
+
+def states(process_id: int) -> list[str]:
+    """Of each of its threads, by its letter."""
+    return [
+        (thread / "stat").read_text().rpartition(")")[2].split()[0]
+        for thread in Path(f"/proc/{process_id}/task").iterdir()
+    ]
 
 
 def has_no_lock(server: Server) -> bool:

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -6,7 +7,7 @@ from django.apps import apps as apps_of_the_code
 from django.apps.registry import Apps
 from django.conf import settings
 from django.core.exceptions import FieldDoesNotExist
-from django.db.models.signals import post_migrate
+from django.db.models.signals import post_migrate, pre_migrate
 
 
 class AgentsConfig(AppConfig):
@@ -17,7 +18,15 @@ class AgentsConfig(AppConfig):
         from agents_app import handoffs, server_tools  # noqa: F401 (registers a tool)
 
         server_tools.load(settings.SERVER_TOOLS)
+        pre_migrate.connect(_before_migrating, sender=self)
         post_migrate.connect(_after_migrating, sender=self)
+
+
+def _before_migrating(plan: Sequence[Any] = (), **kwargs: Any) -> None:
+    from agents_app import team_now
+
+    if plan:
+        team_now.make_way()
 
 
 def _after_migrating(apps: Apps = apps_of_the_code, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ import gc
 # New objects, more than have gone since, before they are looked through; how often that is done before what it left is
 # looked through as well; and how often that, before everything. By Python's own measure (700, 10, 10) a thousand open
 # streams had everything looked through every few seconds, in vain, and each time no token came for 100 to 290 ms.
-THRESHOLDS = (10_000, 5, 10)
+THRESHOLDS = (2_000, 5, 50)
 
 
 def settle() -> None:

@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from django.db import DEFAULT_DB_ALIAS, connections
-from django.db.models import BooleanField, CharField, Field, IntegerField, Model, QuerySet, TextField, Value
+from django.db.models import BooleanField, CharField, Field, Model, QuerySet, TextField, Value
 from django.db.models.constants import OnConflict
 from django.db.models.expressions import DatabaseDefault
 from django.db.models.query import ModelIterable, get_related_populators
@@ -183,9 +183,6 @@ def _slots(model: type[Model]) -> Callable[..., Slot]:
 
 
 _inserts: dict[tuple[type[Model], str, tuple[str, ...], OnConflict | None], str] = {}
-# Columns whose fields pass values of these types on as they are.
-PLAIN_FIELDS = (CharField, TextField, IntegerField, BooleanField)
-PLAIN_TYPES = (str, int, bool)
 
 
 def insert(*instances: Model, on_conflict: OnConflict | None = None) -> None:
@@ -203,26 +200,30 @@ def insert(*instances: Model, on_conflict: OnConflict | None = None) -> None:
 def _row(instance: Model, db: Any) -> tuple[tuple[type[Model], tuple[str, ...]], list[Any]]:
     """The columns of its model for which the instance has values, and these."""
     names, row = [], []
-    for name, is_key, is_plain, prepare in _columns(type(instance)):
+    for name, is_key, plain, prepare in _columns(type(instance)):
         value = getattr(instance, name)
         kind = type(value)
         if kind is DatabaseDefault or (is_key and value is None):
             continue
         names.append(name)
-        row.append(value if is_plain and kind in PLAIN_TYPES else prepare(value, db))
+        row.append(value if kind is plain else prepare(value, db))
     return (type(instance), tuple(names)), row
 
 
 @cache
-def _columns(model: type[Model]) -> list[tuple[str, bool, bool, Callable[[Any, Any], Any]]]:
+def _columns(model: type[Model]) -> list[tuple[str, bool, type | None, Callable[[Any, Any], Any]]]:
     return [
-        (field.attname, field.primary_key, _is_plain(field), field.get_db_prep_save)
+        (field.attname, field.primary_key, _plain(field), field.get_db_prep_save)
         for field in model._meta.local_concrete_fields
     ]
 
 
-def _is_plain(field: Any) -> bool:
-    return isinstance(getattr(field, "target_field", field), PLAIN_FIELDS)
+def _plain(field: Any) -> type | None:
+    """The type whose values the field passes on as they are. Numbers it gives the column's own type."""
+    field = getattr(field, "target_field", field)
+    if isinstance(field, CharField | TextField):
+        return str
+    return bool if isinstance(field, BooleanField) else None
 
 
 def _insert(model: type[Model], names: Sequence[str], on_conflict: OnConflict | None) -> str:

@@ -8,6 +8,7 @@ from typing import Self
 from weakref import WeakKeyDictionary
 
 from django.conf import settings
+from django.db import OperationalError
 from django.http import StreamingHttpResponse
 
 from events_app import log
@@ -96,13 +97,22 @@ class _Replays:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self._number = 0
+        self._failed_at = 0.0
 
     async def page(self, session_id: str, after: int) -> tuple[list[Frame], bool]:
         self._number += 1
+        asked_at = time.monotonic()
         try:
             async with self._lock:
+                if asked_at < self._failed_at:
+                    # Those that stood behind it do not wait as long once more, one after the other.
+                    raise OperationalError("the database answered nobody before")
                 began = time.monotonic()
-                page = await read(log.page, session_id, after)
+                try:
+                    page = await read(log.page, session_id, after)
+                except OperationalError:
+                    self._failed_at = time.monotonic()
+                    raise
                 if self._number > 1:
                     rest = REST_FOR_PAGE * (time.monotonic() - began)
                     await asyncio.sleep(min(rest, LONGEST_ROUND_SECONDS / self._number))

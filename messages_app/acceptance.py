@@ -93,9 +93,17 @@ class Taker(Protocol):
     """A runner that has a place for one more turn, and begins it as soon as it is stored."""
 
     owner: str
+    is_stopping: bool
 
     def take_new(self, begun: Begun) -> None:
         """After the commit, from any thread."""
+
+    def abandon(self, begun: Begun) -> None:
+        """It may have been stored or not: to be released if it was. From any thread."""
+
+
+# What is stored under a key. An older version of this program answers repeated requests with it too, and knows no more.
+KEPT = ("session_id", "origin", "after", "has_frames", "lost", "begins")
 
 
 def user_message(
@@ -107,14 +115,19 @@ def user_message(
 
     Raises UnknownAgent, UnknownSession for another account's session, QueueFull, TurnRunning, KeyReused.
     """
+    claimed: list[Begun] = []
     try:
-        return _once(key, partial(_open_turn, message, caller, taker))
+        return _once(key, partial(_open_turn, message, caller, taker, claimed))
     except CannotBegin:
-        return _once(key, partial(_open_turn, message, caller, None))
+        return _once(key, partial(_open_turn, message, caller, None, claimed))
+    except (OperationalError, InterfaceError):
+        if taker is not None and claimed:
+            taker.abandon(claimed[-1])
+        raise
 
 
 @transaction.atomic
-def _open_turn(message: UserMessage, caller: Caller, taker: Taker | None) -> Accepted:
+def _open_turn(message: UserMessage, caller: Caller, taker: Taker | None, claimed: list[Begun]) -> Accepted:
     if message.agent_type is not None:
         handoffs.ensure_known(message.agent_type)
     session = lifecycle.locked_or_created(caller, message.session_id)
@@ -135,8 +148,10 @@ def _open_turn(message: UserMessage, caller: Caller, taker: Taker | None) -> Acc
     after = lifecycle.position(session) if unfinished else session.next_seq - 1
     if unfinished:
         return Accepted(session.pk, str(turn.pk), after)  # the end of the turn before it lets it run
-    if taker is not None:
-        transaction.on_commit(partial(taker.take_new, _claimed(turn, taker)))
+    # Whoever sent it may have left since, and a runner that stops waits no longer for what is stored.
+    if taker is not None and not taker.is_stopping:
+        claimed.append(_claimed(turn, taker))
+        transaction.on_commit(partial(taker.take_new, claimed[-1]))
     else:
         lifecycle.wake_runner(session.pk)
     return Accepted(session.pk, str(turn.pk), after, begins=settings.TURN_RUNNER == "embedded")
@@ -263,9 +278,11 @@ def _once(key: Key | None, work: Callable[[], Accepted]) -> Accepted:
 
     def once() -> dict[str, Any]:
         done.append(work())
-        return asdict(done[-1])
+        return {name: value for name, value in asdict(done[-1]).items() if name in KEPT}
 
-    accepted = Accepted(**idempotency.once(key, once))
+    # While a new version is rolled out, the other one may have stored more than this one knows.
+    stored = idempotency.once(key, once)
+    accepted = Accepted(**{name: value for name, value in stored.items() if name in KEPT})
     if accepted in done:
         return replace(accepted, is_new=True)
     if not accepted.has_frames:

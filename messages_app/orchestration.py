@@ -75,7 +75,8 @@ class MessageOrchestrationService:
             if opens_turn_of:
                 newcomer = entrance.admit(self._arrived_at)
                 until_left.callback(newcomer.has_begun)
-                live = until_left.enter_context(feed.subscribe(opens_turn_of, ends_with_session=False))
+                from_before = until_left.enter_context(ExitStack())
+                live = from_before.enter_context(feed.subscribe(opens_turn_of, ends_with_session=False))
             try:
                 accepted = await (_store_new(accept) if opens_turn_of else store(accept))
             except Refused as refused:
@@ -86,18 +87,16 @@ class MessageOrchestrationService:
             yield []
             if not self._follows:
                 return
+            if live is not None and not accepted.is_new:
+                from_before.close()  # what it repeats was said before
+                live = None
             if newcomer is not None and not accepted.begins:
                 newcomer.has_begun()
             if accepted.lost is not None:
                 yield [accepted.lost]
             elif accepted.has_frames:
                 is_complete = False
-                following = follow(
-                    accepted.session_id,
-                    after=accepted.after,
-                    until=accepted.origin,
-                    live=live if accepted.is_new else None,
-                )
+                following = follow(accepted.session_id, after=accepted.after, until=accepted.origin, live=live)
                 async with aclosing(following) as frames:
                     async for ready in frames:
                         if newcomer is not None and ready:

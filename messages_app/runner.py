@@ -1,6 +1,7 @@
 """Who runs turns: what every runner does with those it has claimed, and the one on the web server's own event loop."""
 
 import asyncio
+import contextvars
 import logging
 import os
 import socket
@@ -318,7 +319,7 @@ class EmbeddedRunner(Runner):
     def __init__(self) -> None:
         super().__init__()
         self._wake = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._context = asyncio.get_running_loop(), contextvars.copy_context()
         self._is_taking = False
         # While others wait for a place, new ones are not taken first.
         self._has_backlog = True
@@ -329,8 +330,8 @@ class EmbeddedRunner(Runner):
 
         One that comes alone begins sooner so. Of several that come together it is cheaper to claim all at once.
         """
-        if self._has_backlog or self._is_taking or not self._room:
-            self._has_backlog = True
+        self._has_backlog = self._has_backlog or not self._room
+        if self._has_backlog or self._is_taking:
             yield None
             return
         self._is_taking = True
@@ -341,7 +342,11 @@ class EmbeddedRunner(Runner):
             self._is_taking = False
 
     def take_new(self, begun: Begun) -> None:
-        self._loop.call_soon_threadsafe(self._start, *begun)
+        # Not in the context of the request, whose id all that the turn logs would carry.
+        self._loop.call_soon_threadsafe(self._start, *begun, context=self._context)
+
+    def abandon(self, begun: Begun) -> None:
+        self._loop.call_soon_threadsafe(self._abandoned.append, begun[0])
 
     @property
     def _room(self) -> int:

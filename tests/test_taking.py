@@ -1,12 +1,14 @@
 """A message that comes alone: its turn is stored and claimed in one transaction, by the runner of the same process."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from django.db import OperationalError
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 from agents_app import team
 from agents_app.models import Agent
@@ -17,7 +19,8 @@ from messages_app.acceptance import Accepted
 from messages_app.claims import Begun
 from messages_app.inbound import UserMessage
 from messages_app.runner import EmbeddedRunner, here
-from sessions_app.models import Account, Turn
+from sessions_app.idempotency import Key
+from sessions_app.models import Account, IdempotencyRecord, Turn
 from tests.factories import CALLER, make_session, make_turn
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -25,13 +28,18 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 class Taker:
     owner = "taker"
+    is_stopping = False
 
     def __init__(self) -> None:
         self.taken: list[Begun] = []
+        self.abandoned: list[Begun] = []
 
     def take_new(self, begun: Begun) -> None:
         assert Turn.objects.get().owner == self.owner, "before the commit"
         self.taken.append(begun)
+
+    def abandon(self, begun: Begun) -> None:
+        self.abandoned.append(begun)
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +99,46 @@ def test_a_database_that_fails_has_stored_nothing(monkeypatch: pytest.MonkeyPatc
 # --- Which runner takes it -------------------------------------------------------------------------------------------
 
 
+def test_by_a_runner_that_stops_it_is_not_claimed() -> None:
+    taker = Taker()
+    taker.is_stopping = True
+
+    accept(taker)
+
+    assert (taker.taken, Turn.objects.get().status) == ([], "queued")
+
+
+def test_what_may_have_been_committed_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    taker, wrapper = Taker(), cast(Any, BaseDatabaseWrapper)
+    commit = wrapper._commit
+
+    def commit_and_fail(self: Any) -> None:
+        commit(self)
+        raise OperationalError("the connection broke")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(wrapper, "_commit", commit_and_fail)
+        with pytest.raises(OperationalError):
+            accept(taker)
+
+    ((claim, _),) = taker.abandoned
+    assert taker.taken == []
+    assert claim.turn_id == Turn.objects.get().pk
+
+
+def test_what_is_stored_under_a_key_is_what_every_version_knows() -> None:
+    said = UserMessage("s", "hello")
+    accepted = [acceptance.user_message(said, CALLER, Key(CALLER, "k", "f"), taker=Taker()) for _ in range(2)]
+
+    record = IdempotencyRecord.objects.get()
+    stored = json.loads(record.outcome_text)
+    assert set(stored) == {"session_id", "origin", "after", "has_frames", "lost", "begins"}
+    assert [each.is_new for each in accepted] == [True, False]
+    record.outcome_text = json.dumps({**stored, "of_a_later_version": 1})
+    record.save()
+    assert acceptance.user_message(said, CALLER, Key(CALLER, "k", "f")) == accepted[0]
+
+
 async def has_looked(runner: EmbeddedRunner) -> None:
     """Until it knows that nothing waits."""
     async with asyncio.timeout(10):
@@ -118,11 +166,7 @@ def test_one_alone_is_taken_and_of_several_the_first() -> None:
         with here.taking() as first, here.taking() as second:
             assert (first, second) == (runner, None)
         with here.taking() as third:
-            assert third is None, "the second may be waiting still"
-        runner.wake()
-        await has_looked(runner)
-        with here.taking() as fourth:
-            assert fourth is runner
+            assert third is runner
 
     with_runner(play)
 

@@ -93,6 +93,17 @@ def test_triggers_that_a_migration_took_away_are_back_after_it() -> None:
 
     call_command("migrate", verbosity=0)
 
+    assert TeamNow.objects.get().version is None
     assert (unnoticed := team.pin()) != before
     Agent.objects.filter(pk="ask").update(prompt="Noticed.")
     assert team.pin() != unnoticed
+
+
+def test_a_migration_that_finds_its_triggers_leaves_them_and_what_is_known() -> None:
+    version = team.pin()
+
+    with CaptureQueriesContext(connection) as queries:
+        call_command("migrate", verbosity=0)
+
+    assert not [query for query in queries if "TRIGGER" in query["sql"]]
+    assert team.pin() == version

@@ -19,6 +19,8 @@ from tests import databases, preloaded
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "test-key-test-key-test-key-test-key-test"
 AUTH = {"X-Internal-Auth": KEY}
+# The server closes what is idle for 5 s, perhaps in the moment in which it is used again.
+BRIEF = httpx.Limits(keepalive_expiry=2)
 TIMEOUT = 30
 
 
@@ -95,8 +97,7 @@ class Server:
             headers=AUTH,
             timeout=TIMEOUT,
             verify=False,  # noqa: S501 (see SSL_CERT_FILE)
-            # The server closes what is idle for 5 s, perhaps in the moment in which it is used again.
-            limits=httpx.Limits(keepalive_expiry=2),
+            limits=BRIEF,
         )
 
     @property

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.scripted_llm import ScriptedLLM, call, say
-from tests.server import TIMEOUT, Server, eventually, running
+from tests.server import BRIEF, TIMEOUT, Server, eventually, running
 from tests.staff import AUDITOR, COOKIE, cookie_of
 
 FEED = "/admin/changes/"
@@ -31,7 +31,7 @@ def office(tmp_path_factory: pytest.TempPathFactory, shared_llm: ScriptedLLM, mi
 
 @contextmanager
 def logged_in(server: Server, name: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=TIMEOUT, cookies={COOKIE: cookie_of(name)}) as client:
+    with httpx.Client(base_url=server.url, timeout=TIMEOUT, cookies={COOKIE: cookie_of(name)}, limits=BRIEF) as client:
         yield client
 
 
@@ -60,7 +60,7 @@ def ask(server: Server, llm: ScriptedLLM, session_id: str) -> str:
 
 
 def test_only_those_who_may_see_it_may_listen(office: Server) -> None:
-    with httpx.Client(base_url=office.url) as stranger:
+    with httpx.Client(base_url=office.url, limits=BRIEF) as stranger:
         for channel in ("approvals", "session-s"):
             assert stranger.get(FEED, params={"channel": channel}).status_code == 403
     for name, expected in (("olga", 200), (AUDITOR, 200), ("admin", 200), ("nobody", 403), ("customer", 403)):

@@ -19,7 +19,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from tests.server import AUTH, KEY, ROOT, eventually, free_port, parse_frames
+from tests.server import AUTH, BRIEF, KEY, ROOT, eventually, free_port, parse_frames
 
 pytestmark = [pytest.mark.nginx, pytest.mark.redis, pytest.mark.postgresql]
 
@@ -43,7 +43,7 @@ class Scaled:
             "DEMO_WORD_DELAY": "0",
             "WS_WITHOUT_KEY": "loopback",
         }
-        self.http = httpx.Client(base_url=f"http://localhost:{self.port}", headers=AUTH, timeout=30)
+        self.http = httpx.Client(base_url=f"http://localhost:{self.port}", headers=AUTH, timeout=30, limits=BRIEF)
 
     def start(self) -> None:
         with self.log.open("wb") as log:
@@ -129,7 +129,9 @@ def test_the_curl_of_the_readme_streams_an_answer(running: Scaled) -> None:
 
 
 def test_a_request_keeps_its_id_and_its_client_s_address_through_the_proxy(running: Scaled) -> None:
-    with httpx.Client(base_url=running.http.base_url, headers={"X-Forwarded-For": "203.0.113.9"}) as client:
+    with httpx.Client(
+        base_url=running.http.base_url, headers={"X-Forwarded-For": "203.0.113.9"}, limits=BRIEF
+    ) as client:
         answer = client.get("/sessions", headers={"X-Request-ID": "of-a-client"})
         own = client.get("/health", headers={"X-Request-ID": "not one"})
 
@@ -142,7 +144,7 @@ def test_a_request_keeps_its_id_and_its_client_s_address_through_the_proxy(runni
 
 def test_people_log_in_to_the_admin_through_the_port(running: Scaled) -> None:
     address = str(running.http.base_url)
-    with httpx.Client(base_url=address, headers={"Origin": address}, timeout=30) as browser:
+    with httpx.Client(base_url=address, headers={"Origin": address}, timeout=30, limits=BRIEF) as browser:
         browser.get("/admin/login/")
         form = {"csrfmiddlewaretoken": browser.cookies["csrftoken"], "username": "admin", "password": PASSWORD}
         answer = browser.post("/admin/login/?next=/admin/", data=form)

@@ -45,7 +45,7 @@ from tests.factories import CALLER, claim, make_session, make_turn, make_waiting
 from tests.pages import PASSWORD, logged_in
 from tests.scaled import frozen
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
-from tests.server import ROOT, Server, eventually, running, until
+from tests.server import BRIEF, ROOT, Server, eventually, running, until
 from tests.test_stream_cost import many_streams
 from tests.test_team_admin import add, delete, errors_of
 
@@ -518,7 +518,7 @@ FROM_CLIENTS = [request for request in REQUESTS if not request[1].startswith("/a
 
 def timed(server: Server, method: str, path: str, options: dict[str, Any]) -> tuple[int, int, float]:
     """Status, Retry-After and duration of a request over a connection of its own."""
-    with httpx.Client(base_url=server.url, headers=server.http.headers, timeout=30) as client:
+    with httpx.Client(base_url=server.url, headers=server.http.headers, timeout=30, limits=BRIEF) as client:
         if path == "/admin/login/":
             client.cookies.set("csrftoken", "t" * 32)
             options = {**options, "headers": {"X-CSRFToken": "t" * 32}}

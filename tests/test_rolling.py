@@ -13,7 +13,7 @@ import pytest
 from tests import databases
 from tests.scaled import Installation, installed
 from tests.scripted_llm import Reply, ScriptedLLM, call, say
-from tests.server import AUTH, TIMEOUT, Frame, eventually, parse_frames
+from tests.server import AUTH, BRIEF, TIMEOUT, Frame, eventually, parse_frames
 
 pytestmark = pytest.mark.postgresql
 
@@ -34,7 +34,8 @@ class Client:
     def __init__(self, session_id: str, urls: list[str]) -> None:
         self.session_id = session_id
         self.asked: list[str] = []
-        self._webs = cycle([httpx.Client(base_url=url, headers=AUTH, timeout=TIMEOUT, verify=False) for url in urls])  # noqa: S501
+        options = {"headers": AUTH, "timeout": TIMEOUT, "verify": False, "limits": BRIEF}
+        self._webs = cycle([httpx.Client(base_url=url, **options) for url in urls])  # type: ignore[arg-type]
         self._position = 0
 
     def converse(self, text: str) -> None:

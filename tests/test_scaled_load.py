@@ -15,7 +15,7 @@ import pytest
 from orchestrator_site.local_services import Redis
 from tests.scaled import Installation, Worker, installed
 from tests.scripted_llm import Reply, ScriptedLLM, call, say
-from tests.server import AUTH, Frame, Server, parse_frames
+from tests.server import AUTH, BRIEF, Frame, Server, parse_frames
 
 pytestmark = [pytest.mark.postgresql, pytest.mark.redis]
 
@@ -41,7 +41,7 @@ class Client:
         self.session_id = session_id
         self.task = f"task of {session_id}"
         self._addresses = addresses
-        self._http = httpx.Client(headers=AUTH, timeout=20)
+        self._http = httpx.Client(headers=AUTH, timeout=20, limits=BRIEF)
         self._until = 0.0
 
     def play(self) -> None:

@@ -17,7 +17,7 @@ from orchestrator_site.local_services import PostgreSQL
 from orchestrator_site.scaled import Nginx, Web
 from tests.scaled import SCALED, Worker, frozen
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
-from tests.server import AUTH, Server, eventually, free_port, until
+from tests.server import AUTH, BRIEF, Server, eventually, free_port, until
 
 pytestmark = pytest.mark.postgresql
 
@@ -114,7 +114,7 @@ def test_behind_nginx_a_database_that_is_away_is_told_after_one_wait_and_not_aft
         for server in servers:
             server.start()
         nginx.start()
-        with httpx.Client(base_url=f"http://{listen}", headers=AUTH, timeout=30) as client:
+        with httpx.Client(base_url=f"http://{listen}", headers=AUTH, timeout=30, limits=BRIEF) as client:
             assert client.get("/sessions").status_code == 200
             cluster.stop(signal.SIGQUIT)
 

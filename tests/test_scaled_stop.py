@@ -22,7 +22,7 @@ from tests import databases
 from tests.gateway import Gateway, gateway
 from tests.scaled import Installation, Worker, installed
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
-from tests.server import AUTH, KEY, TIMEOUT, Frame, Server, eventually, parse_frames
+from tests.server import AUTH, BRIEF, KEY, TIMEOUT, Frame, Server, eventually, parse_frames
 
 pytestmark = pytest.mark.postgresql
 
@@ -106,7 +106,7 @@ async def read_stream(server: Server, session_id: str, seen: set[tuple[str, str]
     """A session's stream until it ends, as bytes; who has read the half sentence is among those that have `seen` it."""
     received = b""
     async with (
-        httpx.AsyncClient(base_url=server.url, headers=AUTH, timeout=TIMEOUT) as client,
+        httpx.AsyncClient(base_url=server.url, headers=AUTH, timeout=TIMEOUT, limits=BRIEF) as client,
         client.stream("GET", f"/sessions/{session_id}/stream") as response,
     ):
         assert response.status_code == 200

@@ -13,7 +13,7 @@ from django.conf import settings
 
 from tests import databases
 from tests.scripted_llm import Gate, ScriptedLLM, call, calls, gated, say
-from tests.server import Frame, Server, eventually, running, until
+from tests.server import BRIEF, Frame, Server, eventually, running, until
 from tests.staff import COOKIE, OPERATORS, cookie_of
 from tests.terminal import Chat
 from tests.test_tool_faults import read_by
@@ -100,7 +100,7 @@ def rows(server: Server, query: str, *values: Any) -> list[tuple[Any, ...]]:
 
 def settle(server: Server, call_id: str, **fields: str) -> httpx.Response:
     """What an operator does on the page of a call in doubt."""
-    with httpx.Client(base_url=server.url, cookies={COOKIE: cookie_of(OPERATORS[0])}) as browser:
+    with httpx.Client(base_url=server.url, cookies={COOKIE: cookie_of(OPERATORS[0])}, limits=BRIEF) as browser:
         page = f"/admin/sessions_app/toolcall/{quote(call_id.replace('_', '_5F'))}/given-up/"
         asked = browser.get(page)
         assert asked.status_code == 200

@@ -17,7 +17,7 @@ from tests import databases
 from tests.databases import ON_POSTGRESQL
 from tests.pausing import pause_in_a_turn
 from tests.scripted_llm import Gate, ScriptedLLM, hold, say
-from tests.server import KEY, Frame, Server, eventually, running, until
+from tests.server import BRIEF, KEY, Frame, Server, eventually, running, until
 
 LONG = " ".join(f"word{number}" for number in range(60))
 
@@ -188,7 +188,7 @@ def _kill_at_random_moments_under_load(server: Server, chance: random.Random, se
 
     def talk(session_id: str, text: str) -> None:
         try:
-            with httpx.Client(base_url=server.url, headers={"X-Internal-Auth": KEY}, timeout=30) as http:
+            with httpx.Client(base_url=server.url, headers={"X-Internal-Auth": KEY}, timeout=30, limits=BRIEF) as http:
                 body = {"session_id": session_id, "message": user(text)}
                 with http.stream("POST", "/agent/message/stream", json=body) as response:
                     if response.status_code != 200:

@@ -37,7 +37,7 @@ from tests.factories import (
 )
 from tests.pages import INJECTIONS, PASSWORD, RAW, TRICKS, Page, logged_in, staff
 from tests.scripted_llm import Gate, ScriptedLLM, call, gated, say
-from tests.server import Server, eventually
+from tests.server import BRIEF, Server, eventually
 from tests.staff import ADMIN, COOKIE, cookie_of
 from tests.test_admin import TEAM, detail_of, everything, list_of, page_of, queries
 
@@ -810,7 +810,7 @@ class Browser:
     """A superuser's browser."""
 
     def __init__(self, server: Server) -> None:
-        self.http = httpx.Client(base_url=server.url, timeout=30, cookies={COOKIE: cookie_of(ADMIN)})
+        self.http = httpx.Client(base_url=server.url, timeout=30, cookies={COOKIE: cookie_of(ADMIN)}, limits=BRIEF)
 
     def edit(self, page: str, **changes: Any) -> None:
         form = Form(self.http.get(f"/admin/agents_app/{page}/").text)

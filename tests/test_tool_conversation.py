@@ -16,7 +16,7 @@ import pytest
 
 from tests import databases
 from tests.scripted_llm import Gate, ScriptedLLM, call, calls, gated, say
-from tests.server import AUTH, Frame, Server, running, until
+from tests.server import AUTH, BRIEF, Frame, Server, running, until
 
 Object = dict[str, Any]
 
@@ -236,7 +236,7 @@ def test_a_bug_is_found_planned_and_fixed_while_everything_goes_wrong(
 ) -> None:
     session_id = server.http.post("/sessions").json()["id"]
     ide = Client(server, session_id, workspace)
-    operator = httpx.Client(base_url=server.url, headers=AUTH, timeout=30)
+    operator = httpx.Client(base_url=server.url, headers=AUTH, timeout=30, limits=BRIEF)
 
     def decide(call_id: str, **decision: Any) -> httpx.Response:
         return operator.post(f"/approvals/{call_id}/decision", json=decision)

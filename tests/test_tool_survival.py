@@ -17,7 +17,7 @@ import pytest
 
 from tests import databases
 from tests.scripted_llm import Gate, Reply, Say, ScriptedLLM, call, calls, gated, hold, say
-from tests.server import AUTH, Frame, Server, eventually, parse_frames, running, until
+from tests.server import AUTH, BRIEF, Frame, Server, eventually, parse_frames, running, until
 
 Object = dict[str, Any]
 Death = Callable[[Server], object]
@@ -294,7 +294,7 @@ class PersistentClient:
         self.server = server
         self.session_id = session_id
         self.chance = chance
-        self.http = httpx.Client(base_url=server.url, headers=AUTH, timeout=PATIENCE)
+        self.http = httpx.Client(base_url=server.url, headers=AUTH, timeout=PATIENCE, limits=BRIEF)
         self.steps = 0
         self.position = 0
         self.said: list[str] = []
@@ -639,7 +639,7 @@ def test_calls_of_an_answer_that_the_user_did_not_wait_for_are_superseded_at_onc
 @pytest.fixture(scope="module")
 def crowd(mortal_server: Server) -> Iterator[httpx.Client]:
     """A client that many threads share, with a connection for each."""
-    limits = httpx.Limits(max_connections=120, max_keepalive_connections=120)
+    limits = httpx.Limits(max_connections=120, max_keepalive_connections=120, keepalive_expiry=2)
     with httpx.Client(base_url=mortal_server.url, headers=AUTH, timeout=PATIENCE, limits=limits) as http:
         yield http
 

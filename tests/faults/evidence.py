@@ -10,7 +10,7 @@ import httpx
 
 from tests import databases
 from tests.faults.record import Fact, Record
-from tests.server import AUTH, parse_frames
+from tests.server import AUTH, BRIEF, parse_frames
 
 Object = dict[str, Any]
 
@@ -76,7 +76,7 @@ def gather(
         databases.rows(database, "SELECT session_id, max(last_seq) FROM events_app_streambatch GROUP BY session_id")
     )
     session_ids = dict.fromkeys(fact.session_id for fact in record.facts)
-    with httpx.Client(base_url=url, headers=AUTH, timeout=30) as http:
+    with httpx.Client(base_url=url, headers=AUTH, timeout=30, limits=BRIEF) as http:
         sessions = {each: _now(http, each, int(last_numbers.get(each) or 0)) for each in session_ids}
     turns = databases.rows(database, "SELECT id, session_id, status FROM sessions_app_turn")
     decisions = databases.rows(

@@ -103,7 +103,7 @@ def test_the_same_request_fifty_times_at_once_under_one_key(
 
 @contextmanager
 def many_connections(server: FaultyServer) -> Iterator[httpx.Client]:
-    limits = httpx.Limits(max_connections=AT_ONCE)
+    limits = httpx.Limits(max_connections=AT_ONCE, keepalive_expiry=2)
     with httpx.Client(base_url=server.url, headers=AUTH, timeout=30, limits=limits) as http:
         yield http
 

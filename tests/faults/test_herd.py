@@ -14,7 +14,7 @@ from tests.faults.record import Said
 from tests.faults.talker import AGENT
 from tests.scaled import connections
 from tests.scripted_llm import ScriptedLLM, say
-from tests.server import AUTH, parse_frames
+from tests.server import AUTH, BRIEF, parse_frames
 
 pytestmark = ON_ONE_DATABASE
 
@@ -58,7 +58,7 @@ class Herd:
 
     async def cut_and_back(self) -> tuple[float, float]:
         """How long the slowest health check took meanwhile, and how long it was until all had come back."""
-        limits = httpx.Limits(max_connections=READERS + 10)
+        limits = httpx.Limits(max_connections=READERS + 10, keepalive_expiry=2)
         server = self._trial.server
         async with httpx.AsyncClient(base_url=server.url, headers=AUTH, timeout=60, limits=limits) as http:
             readers = [asyncio.create_task(self._read(http, number)) for number in range(READERS)]
@@ -106,7 +106,7 @@ class Herd:
 
     async def _check_health(self) -> None:
         self._slowest = 0.0
-        async with httpx.AsyncClient(base_url=self._trial.server.url, timeout=30) as http:
+        async with httpx.AsyncClient(base_url=self._trial.server.url, timeout=30, limits=BRIEF) as http:
             while True:
                 asked_at = time.monotonic()
                 assert (await http.get("/health")).status_code == 200

@@ -41,6 +41,8 @@ def test_a_message_is_refused_while_an_earlier_one_still_waits_and_open_work_goe
         gate.reached.wait()
         waits = pool.submit(server.http.post, STREAM, json=message("waits"))
         eventually(lambda: stored(server) == 3)
+        until = time.monotonic() + 0.1
+        eventually(lambda: time.monotonic() > until)  # longer than anybody may wait
 
         refusal = eventually(lambda: refused(server.http.post(STREAM, json=message("late"))))
 

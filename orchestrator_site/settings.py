@@ -159,7 +159,7 @@ on_postgresql = {
         "application_name": "countersign",
         "connect_timeout": 3,
         # A statement that a connection has executed a few times is planned once and for all: with the values written
-        # into it PostgreSQL used half as much time again, and this process a quarter more.
+        # into it PostgreSQL used a quarter to a half more processor time.
         "server_side_binding": True,
         "prepare_threshold": 5,
         # A host that is gone without a word: what is sent is not acknowledged, or nothing comes.

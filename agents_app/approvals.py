@@ -24,7 +24,7 @@ from agents_app.team import Team, UnknownToTeam
 from agents_app.tools import CallRefused
 from events_app import log
 from events_app.chunks import ApprovalResolved, Chunk, ErrorShown, TurnFinished
-from events_app.models import Event
+from events_app.log import Fact
 from orchestrator_site.errors import Conflict, Forbidden, Invalid, NotFound
 from orchestrator_site.http import wire_time
 from sessions_app import lifecycle
@@ -242,7 +242,7 @@ def answer(session: Session, call: ToolCall, result: Result) -> None:
     log.record(executed(session, call, result.text))
 
 
-def executed(session: Session, call: ToolCall, text: str) -> Event:
+def executed(session: Session, call: ToolCall, text: str) -> Fact:
     """The fact that a call ended, with a result or with an error in `text`."""
     named = {"tool_name": call.tool_name, "call_id": call.pk}
     if call.outcome == Outcome.OK:

@@ -1,18 +1,21 @@
 """The only writers of events, audit entries and stream batches, and the reader of the stream log."""
 
 import logging
+import uuid
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db import DatabaseError
 from django.db.models import Max
+from django.db.models.constants import OnConflict
 from django.utils import timezone
 
-from events_app import ids, prepared
+from events_app import ids
 from events_app.frames import Frame
 from events_app.models import AuditEntry, Event, StreamBatch
-from events_app.prepared import Rows
+from events_app.prepared import Insert, Rows
 from orchestrator_site.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,9 @@ _logged = Rows(
         .only("origin", "frames", "closes", "last_seq")
     ),
 )
+_RUN = ("session_id", "origin", "first_seq", "last_seq", "frames", "closes", "created_at")
+_appended = Insert(StreamBatch, *_RUN)
+_appended_again = Insert(StreamBatch, *_RUN, on_conflict=OnConflict.IGNORE)
 _unnumbered = Rows(StreamBatch, lambda slot: StreamBatch.objects.unnumbered().filter(session_id=slot("session_id")))
 
 
@@ -36,24 +42,34 @@ class AuditUnavailable(Unavailable):
     code = "audit_unavailable"
 
 
-def fact(event_type: str, *, account_id: int, session_id: str, turn_id: str = "", **data: Any) -> Event:
+class Fact(NamedTuple):
+    """A row of Event that is to be recorded."""
+
+    event_id: uuid.UUID
+    account_id: int
+    session_id: str
+    event_type: str
+    correlation_id: str
+    source: str
+    tool_name: str | None
+    data: dict[str, Any]
+    timestamp: datetime
+    causation_id: str = ""
+    version: str = "1.0"
+
+
+_recorded = Insert(Event, *Fact._fields)
+
+
+def fact(event_type: str, *, account_id: int, session_id: str, turn_id: str = "", **data: Any) -> Fact:
     """One thing that happened, to be recorded in the transaction in which it does."""
-    return Event(
-        event_id=ids.in_order(),
-        account_id=account_id,
-        session_id=session_id,
-        event_type=event_type,
-        correlation_id=turn_id,
-        source=event_type.partition(".")[0],
-        tool_name=data.get("tool_name"),
-        data=data,
-        timestamp=timezone.now(),
-    )
+    source, tool_name = event_type.partition(".")[0], data.get("tool_name")
+    return Fact(ids.in_order(), account_id, session_id, event_type, turn_id, source, tool_name, data, timezone.now())
 
 
-def record(*facts: Event) -> None:
+def record(*facts: Fact) -> None:
     """Insert facts in the caller's transaction."""
-    prepared.insert(*facts)
+    _recorded(facts)
 
 
 def audit(
@@ -95,19 +111,28 @@ def audit(
 
 def append(session_id: str, frames: Sequence[Frame]) -> None:
     """Log numbered frames, in order, in the caller's transaction: one row for each run of the same origin."""
-    prepared.insert(*[batch_of(session_id, list(run)) for _, run in groupby(frames, key=lambda frame: frame.origin)])
+    append_runs([(session_id, list(run)) for _, run in groupby(frames, key=lambda frame: frame.origin)])
 
 
-def batch_of(session_id: str, run: Sequence[Frame]) -> StreamBatch:
-    """Consecutive numbered frames of one origin, as one row to be inserted."""
-    return StreamBatch(
-        session_id=session_id,
-        origin=run[0].origin,
-        first_seq=run[0].seq,
-        last_seq=run[-1].seq,
-        frames=[[frame.seq, frame.body] for frame in run],
-        closes=run[-1].closes,
-        created_at=timezone.now(),
+def append_runs(runs: Sequence[tuple[str, Sequence[Frame]]], *, again: bool = False) -> None:
+    """Log consecutive numbered frames of one origin each, with the ids of their sessions: one row for each run.
+
+    `again`: some may have been logged before, by a commit that was reported as failed.
+    """
+    now = timezone.now()
+    (_appended_again if again else _appended)(
+        [
+            (
+                session_id,
+                run[0].origin,
+                run[0].seq,
+                run[-1].seq,
+                [(frame.seq, frame.body) for frame in run],
+                run[-1].closes,
+                now,
+            )
+            for session_id, run in runs
+        ]
     )
 
 

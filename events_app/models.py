@@ -1,7 +1,9 @@
 """What happened: facts, the frames of each session's stream, what every model step cost, who did what."""
 
 import uuid
+from typing import Any
 
+import orjson
 from django.db import models
 from django.db.models import Q, QuerySet
 
@@ -54,6 +56,27 @@ class StreamBatchQuerySet(QuerySet["StreamBatch"]):
         return self.filter(last_seq__isnull=True).order_by("id")
 
 
+class Frames(models.JSONField):
+    """Written many times a second and read whole: JSON as orjson makes it, which takes a tenth of the time."""
+
+    def deconstruct(self) -> Any:
+        name, _, args, kwargs = super().deconstruct()
+        return name, "django.db.models.JSONField", args, kwargs  # to migrations it is nothing else
+
+    def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:
+        if connection.vendor == "postgresql":
+            from psycopg.types.json import Jsonb
+
+            return Jsonb(value, dumps=orjson.dumps)
+        return orjson.dumps(value).decode()
+
+    def from_db_value(self, value: Any, expression: Any, connection: Any) -> Any:
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return value  # damaged: as JSONField does
+
+
 class StreamBatch(models.Model):
     """Some consecutive frames of a session's stream, as they were sent, kept for replay and prunable."""
 
@@ -61,7 +84,7 @@ class StreamBatch(models.Model):
     origin = models.CharField(max_length=36, help_text="The turn, or the switch, whose answer these frames are.")
     first_seq = models.BigIntegerField(null=True)
     last_seq = models.BigIntegerField(null=True)
-    frames = models.JSONField(help_text="[[number, frame], ...]; the number is null until one is given.")
+    frames = Frames(help_text="[[number, frame], ...]; the number is null until one is given.")
     closes = models.BooleanField(default=False, help_text="Whether the answer to a POST ends with its last frame.")
     created_at = models.DateTimeField()
 

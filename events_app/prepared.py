@@ -8,15 +8,13 @@ cursors and its fields.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
+import orjson
 from django.db import DEFAULT_DB_ALIAS, connections
-from django.db.models import BooleanField, CharField, Field, Model, QuerySet, TextField, Value
+from django.db.models import AutoField, BooleanField, CharField, Field, IntegerField, Model, QuerySet, TextField, Value
 from django.db.models.constants import OnConflict
-from django.db.models.expressions import DatabaseDefault
 from django.db.models.query import ModelIterable, get_related_populators
 from django.db.models.sql import UpdateQuery
 from django.db.models.sql.compiler import SQLCompiler
@@ -39,6 +37,23 @@ class Slot(Value):
     def as_sql(self, compiler: SQLCompiler, connection: Any) -> Any:
         return "%s", [self]
 
+    def prepared(self, value: Any, db: Any) -> Any:
+        return self.output_field.get_db_prep_value(value, db)
+
+
+class Slots(Slot):
+    """A place for any number of values, for `__in`."""
+
+    def as_sqlite(self, compiler: SQLCompiler, connection: Any, **_: Any) -> Any:
+        return "(SELECT value FROM json_each(%s))", [self]
+
+    def as_postgresql(self, compiler: SQLCompiler, connection: Any, **_: Any) -> Any:
+        return f"(SELECT unnest(%s::{self.output_field.db_type(connection)}[]))", [self]
+
+    def prepared(self, value: Any, db: Any) -> Any:
+        values = [super(Slots, self).prepared(each, db) for each in value]
+        return orjson.dumps(values).decode() if db.vendor == "sqlite" else values
+
 
 class _Statement:
     """SQL with its parameters: some are known, the others come by name."""
@@ -50,7 +65,7 @@ class _Statement:
     @staticmethod
     def _prepared(parameter: Any) -> tuple[str, Any]:
         if isinstance(parameter, Slot):
-            return parameter.name, parameter.output_field.get_db_prep_value
+            return parameter.name, parameter.prepared
         return "", parameter
 
     def parameters(self, values: dict[str, Any]) -> list[Any]:
@@ -71,8 +86,8 @@ class Rows(Generic[T]):
         held = Rows(Turn, lambda slot: Turn.objects.filter(pk=slot("id"), owner=slot("owner")))
         turns = held(id=turn_id, owner="me")
 
-    `slot` names a field of the model; with a second argument, the place for its value has another name. A query that
-    locks has to be executed in a transaction, like any other.
+    `slot` names a field of the model; with a second argument, the place for its value has another name; `many` is for
+    `__in`. A query that locks has to be executed in a transaction, like any other.
     """
 
     def __init__(self, model: type[Model], build: Callable[[Callable[..., Slot]], "QuerySet[Any, T]"]) -> None:
@@ -175,65 +190,87 @@ class Update:
 
 
 def _slots(model: type[Model]) -> Callable[..., Slot]:
-    def slot(field: str, name: str = "") -> Slot:
+    def slot(field: str, name: str = "", *, many: bool = False) -> Slot:
         found: Any = model._meta.get_field(field)
-        return Slot(name or field, getattr(found, "target_field", found))
+        return (Slots if many else Slot)(name or field, getattr(found, "target_field", found))
 
     return slot
 
 
-_inserts: dict[tuple[type[Model], str, tuple[str, ...], OnConflict | None], str] = {}
+class Insert:
+    """An INSERT of rows that give these columns; without names, all that the database does not fill in itself. What it
+    fills in is not read back, and there are no signals.
+
+    logged = Insert(StreamBatch, "session_id", "frames", "created_at")
+    logged([("s", [], now), ("t", [], now)])
+    """
+
+    def __init__(self, model: type[Model], *names: str, on_conflict: OnConflict | None = None) -> None:
+        fields = {field.attname: field for field in model._meta.local_concrete_fields}
+        filled = [name for name, field in fields.items() if field.has_db_default() or isinstance(field, AutoField)]
+        self._model = model
+        self._names = names or tuple(name for name in fields if name not in filled)
+        self._fields = [fields[name] for name in self._names]
+        self._values_of = attrgetter(*self._names)
+        self._on_conflict = on_conflict
+        # By the vendor of the database.
+        self._compiled: dict[str, tuple[str, list[tuple[type | None, Prepare]]]] = {}
+
+    def __call__(self, rows: Sequence[Sequence[Any]]) -> None:
+        if not rows:
+            return
+        db = _db()
+        sql, columns = self._compiled.get(db.vendor) or self._compile(db)
+        prepared = [
+            _column(*column, values, db) for column, values in zip(columns, zip(*rows, strict=True), strict=True)
+        ]
+        with db.cursor() as cursor:
+            _execute(cursor, sql, list(zip(*prepared, strict=True)))
+
+    def instance(self, instance: Model) -> None:
+        """The row of this one, which counts as stored from now on."""
+        self([self._values_of(instance)])
+        instance._state.adding, instance._state.db = False, DEFAULT_DB_ALIAS
+
+    def _compile(self, db: Any) -> "tuple[str, list[tuple[type | None, Prepare]]]":
+        quoted = db.ops.quote_name
+        names = ", ".join(quoted(str(field.column)) for field in self._fields)
+        places = ", ".join(["%s"] * len(self._fields))
+        begin = db.ops.insert_statement(on_conflict=self._on_conflict)
+        end = db.ops.on_conflict_suffix_sql(self._fields, (), self._on_conflict, ())
+        sql = f"{begin} {quoted(self._model._meta.db_table)} ({names}) VALUES ({places}) {end}".rstrip()
+        columns: list[tuple[type | None, Prepare]]
+        columns = [(_plain(field, db.vendor), field.get_db_prep_save) for field in self._fields]
+        compiled = self._compiled[db.vendor] = sql, columns
+        return compiled
 
 
-def insert(*instances: Model, on_conflict: OnConflict | None = None) -> None:
-    """Insert new rows. Numbers that the database gives them are not read back, nor what it fills in; no signals."""
-    db = _db()
-    with db.cursor() as cursor:
-        for (model, names), alike in groupby((_row(instance, db) for instance in instances), key=itemgetter(0)):
-            key = (model, db.vendor, names, on_conflict)
-            sql = _inserts.get(key) or _inserts.setdefault(key, _insert(model, names, on_conflict))
-            _execute(cursor, sql, [row for _, row in alike])
-    for instance in instances:
-        instance._state.adding, instance._state.db = False, db.alias
+Prepare = Callable[[Any, Any], Any]
 
 
-def _row(instance: Model, db: Any) -> tuple[tuple[type[Model], tuple[str, ...]], list[Any]]:
-    """The columns of its model for which the instance has values, and these."""
-    names, row = [], []
-    for name, is_key, plain, prepare in _columns(type(instance)):
-        value = getattr(instance, name)
-        kind = type(value)
-        if kind is DatabaseDefault or (is_key and value is None):
+def _column(plain: type | None, prepare: Prepare, values: Sequence[Any], db: Any) -> list[Any]:
+    """A column's values, as its field prepares them."""
+    column = []
+    last = ready = None
+    for value in values:
+        if type(value) is plain:
+            column.append(value)
             continue
-        names.append(name)
-        row.append(value if kind is plain else prepare(value, db))
-    return (type(instance), tuple(names)), row
+        # What is the same in all rows, as the time, is prepared once.
+        if ready is None or value is not last:
+            last, ready = value, prepare(value, db)
+        column.append(ready)
+    return column
 
 
-@cache
-def _columns(model: type[Model]) -> list[tuple[str, bool, type | None, Callable[[Any, Any], Any]]]:
-    return [
-        (field.attname, field.primary_key, _plain(field), field.get_db_prep_save)
-        for field in model._meta.local_concrete_fields
-    ]
-
-
-def _plain(field: Any) -> type | None:
-    """The type whose values the field passes on as they are. Numbers it gives the column's own type."""
+def _plain(field: Any, vendor: str) -> type | None:
+    """The type whose values the field passes on as they are. To PostgreSQL numbers are given with the column's type."""
     field = getattr(field, "target_field", field)
     if isinstance(field, CharField | TextField):
         return str
+    if isinstance(field, IntegerField):
+        return int if vendor == "sqlite" else None
     return bool if isinstance(field, BooleanField) else None
-
-
-def _insert(model: type[Model], names: Sequence[str], on_conflict: OnConflict | None) -> str:
-    operations = _db().ops
-    fields = [field for field in model._meta.local_concrete_fields if field.attname in names]
-    columns = ", ".join(operations.quote_name(str(field.column)) for field in fields)
-    places = ", ".join(["%s"] * len(fields))
-    begin = operations.insert_statement(on_conflict=on_conflict)
-    end = operations.on_conflict_suffix_sql(fields, (), on_conflict, ())
-    return f"{begin} {operations.quote_name(model._meta.db_table)} ({columns}) VALUES ({places}) {end}".rstrip()
 
 
 def _execute(cursor: Any, sql: str, rows: Sequence[Sequence[Any]]) -> None:

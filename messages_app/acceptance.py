@@ -26,19 +26,20 @@ from agents_app.approvals import (
     Verdict,
 )
 from agents_app.server_tools import NO_RESULT
-from events_app import ids, log, prepared
+from events_app import ids, log
 from events_app.chunks import ErrorShown
 from events_app.frames import Frame
 from events_app.models import AuditEntry
 from messages_app import claims, ending
 from messages_app.claims import Begun
 from messages_app.inbound import Busy, HitlDecision, SwitchAgent, ToolResult, UserMessage
-from messages_app.models import Message
+from messages_app.models import Message, say
+from messages_app.turn_stream import BLOCK
 from orchestrator_site.errors import Conflict, TooMany
 from sessions_app import following, idempotency, lifecycle
 from sessions_app.callers import Caller
 from sessions_app.idempotency import Key
-from sessions_app.models import Session, ToolCall, Turn, turn_opened, unfinished_turns
+from sessions_app.models import Session, ToolCall, Turn, turn_opened, turn_stored, unfinished_turns
 
 logger = logging.getLogger(__name__)
 
@@ -138,18 +139,19 @@ def _open_turn(message: UserMessage, caller: Caller, taker: Taker | None, claime
         Session.objects.filter(pk=session.pk).update(current_agent=requested)
         session.current_agent, requested = requested, ""
     turn = Turn(pk=ids.in_order(), session=session, position=session.turn_count + 1, requested_agent=requested)
-    said = Message(
-        session=session, turn=turn, turn_position=turn.position, role=Message.Role.USER, content=message.content
-    )
-    prepared.insert(turn, said)
+    turn_stored.instance(turn)
+    say(turn, Message.Role.USER, message.content)
     title = session.title if session.title is not None else message.content.strip()[:TITLE_CHARS]
-    turn_opened(id=session.pk, turn_count=turn.position, title=title)
+    # Whoever sent it may have left since, and a runner that stops waits no longer for what is stored.
+    if unfinished or (taker is not None and taker.is_stopping):
+        taker = None
+    numbers = BLOCK if taker is not None else 0
+    turn_opened(id=session.pk, turn_count=turn.position, title=title, numbers=numbers)
     log.record(lifecycle.fact(session, "session.message.added", turn_id=turn.pk, role="user", sent_by=caller.name))
     after = lifecycle.position(session) if unfinished else session.next_seq - 1
     if unfinished:
         return Accepted(session.pk, str(turn.pk), after)  # the end of the turn before it lets it run
-    # Whoever sent it may have left since, and a runner that stops waits no longer for what is stored.
-    if taker is not None and not taker.is_stopping:
+    if taker is not None:
         claimed.append(_claimed(turn, taker))
         transaction.on_commit(partial(taker.take_new, claimed[-1]))
     else:

@@ -6,20 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
+from typing import NamedTuple
 
 from django.conf import settings
 from django.db import InterfaceError, OperationalError, transaction
 from django.db.models import Exists, OuterRef
-from django.db.models.constants import OnConflict
 from django.db.models.functions import Now
 
 from agents_app import approvals, team
 from agents_app.approvals import Verdict
-from events_app import log, prepared
+from events_app import log
 from events_app.chunks import ErrorShown, Restarted, TurnFinished, TurnStarted, encode
 from events_app.frames import Frame
-from events_app.models import Event, StreamBatch
+from events_app.log import Fact
+from events_app.models import StreamBatch
 from events_app.prepared import Rows
+from messages_app import steps
+from messages_app.steps import Scene
 from messages_app.turn_stream import BLOCK
 from sessions_app import lifecycle
 from sessions_app.models import (
@@ -29,6 +32,7 @@ from sessions_app.models import (
     Turn,
     TurnQuerySet,
     lease_end,
+    live_attempts,
     most_lost_turn,
     numbers_reserved,
     trusted_turns,
@@ -41,11 +45,20 @@ CLAIMS_AT_ONCE = 250
 SUSPECTS_TO_ONE = 20
 SERVER_FAULT = ErrorShown("Something went wrong on the server.", "internal_error")
 RUNNERS_LOST = ErrorShown("The server failed each time it worked on this message. It is not tried again.", RUNNER_LOST)
-Begun = tuple[Claim, list[Frame]]
+
+
+class Begun(NamedTuple):
+    """A turn that was claimed, the frames that tell its followers so, and what its first model step starts from, if
+    that was read along.
+    """
+
+    claim: Claim
+    frames: list[Frame]
+    scene: Scene | None = None
 
 
 def claim_turns(owner: str, limit: int) -> list[Begun]:
-    """Take up to `limit` turns that nobody runs, each with the frames that tell its followers so.
+    """Take up to `limit` turns that nobody runs.
 
     A few transactions for all of them: with SQLite each costs a sync of the disk.
     """
@@ -75,7 +88,7 @@ def claim_in(owner: str, session_ids: Sequence[str]) -> tuple[dict[str, Begun], 
     ready = dict(free.values_list("session_id", "losses"))  # type: ignore[misc]
     of_suspects = [session_id for session_id, losses in ready.items() if losses >= settings.TURN_MAX_LOSSES - 1]
     of_trusted = ready.keys() - of_suspects
-    begun = {claim.session_id: (claim, frames) for claim, frames in _claim(owner, free.trusted(), len(of_trusted))}
+    begun = {each.claim.session_id: each for each in _claim(owner, free.trusted(), len(of_trusted))}
     locked = of_trusted - begun.keys()
     if of_suspects:
         try:
@@ -191,7 +204,9 @@ def _locked(among: TurnQuerySet, room: int) -> list[Turn]:
 
 
 def claim_new(turn: Turn, owner: str) -> Begun:
-    """Take a turn within the transaction that opens it; the caller holds its session's lock."""
+    """Take a turn within the transaction that opens it; the caller holds its session's lock, and has reserved BLOCK
+    numbers.
+    """
     (begun,) = _take(owner, [turn], singled_out=False)
     return begun
 
@@ -200,13 +215,16 @@ def claim_new(turn: Turn, owner: str) -> Begun:
 def _claim_together(owner: str, locked: Callable[[], list[Turn]], *, singled_out: bool) -> list[Begun]:
     """What somebody else has locked is about to change, or about to be claimed: it is looked at the next time."""
     turns = locked()
-    return _take(owner, turns, singled_out=singled_out) if turns else []
+    if not turns:
+        return []
+    numbers_reserved.many([{"id": turn.session_id, "count": BLOCK} for turn in turns])
+    return _take(owner, turns, singled_out=singled_out)
 
 
 def _take(owner: str, turns: Sequence[Turn], *, singled_out: bool) -> list[Begun]:
     """The same few statements for any number of turns: with one for each, a thousand took seconds."""
     session_ids = [turn.session_id for turn in turns]
-    left = set(StreamBatch.objects.unnumbered().filter(session_id__in=session_ids).values_list("session_id", flat=True))
+    left = {session_id for (session_id,) in _waiting_in(session_ids=session_ids)}
     pin = cache(team.pin)
     begun = [
         _begin(
@@ -217,20 +235,17 @@ def _take(owner: str, turns: Sequence[Turn], *, singled_out: bool) -> list[Begun
         )
         for turn in turns
     ]
-    numbers_reserved.many([{"id": session_id, "count": BLOCK} for session_id in session_ids])
     Turn.claim([claim for claim, _ in begun], singled_out=singled_out)
     # Those that were left by others are logged already.
-    batches = [
-        log.batch_of(claim.session_id, frames[-1:])
-        for claim, frames in begun
-        if frames and frames[-1].seq == claim.settled_seq
-    ]
-    prepared.insert(*batches)
+    log.append_runs(
+        [(claim.session_id, frames[-1:]) for claim, frames in begun if frames and frames[-1].seq == claim.settled_seq]
+    )
     log.record(*[_started(claim, turn.session) for turn, (claim, _) in zip(turns, begun, strict=True)])
-    return begun
+    scenes = steps.opening_scenes([(turn, claim.team_version) for turn, (claim, _) in zip(turns, begun, strict=True)])
+    return [Begun(claim, frames, scene) for (claim, frames), scene in zip(begun, scenes, strict=True)]
 
 
-def _begin(turn: Turn, owner: str, version: int, *, waiting: bool) -> Begun:
+def _begin(turn: Turn, owner: str, version: int, *, waiting: bool) -> tuple[Claim, list[Frame]]:
     """How a turn begins to run: with the frames that others left, and last the one that says so.
 
     It runs under this version of the team to its end. A turn that goes on after it waited has begun before, and says
@@ -262,7 +277,7 @@ def _begin(turn: Turn, owner: str, version: int, *, waiting: bool) -> Begun:
     return claim, frames
 
 
-def _started(claim: Claim, session: Session) -> Event:
+def _started(claim: Claim, session: Session) -> Fact:
     agent = claim.requested_agent or session.current_agent
     return lifecycle.fact(
         session, "agent.processing.started", turn_id=claim.turn_id, agent=agent, attempt=claim.attempt
@@ -288,20 +303,18 @@ def write_batches(owner: str, parts: Sequence[Unlogged]) -> dict[uuid.UUID, tupl
         short = [part.claim.session_id for part in parts if part.wants_numbers]
         sessions = Session.objects.locked().order_by("pk").in_bulk(short) if short else {}
         # Locked, so that nobody takes a turn over between this look and the commit.
-        turns = Turn.objects.lock_live([part.claim.turn_id for part in parts], owner)
-        held = set(turns.values_list("pk", "attempt"))
-        batches = []
+        held = live_attempts([part.claim.turn_id for part in parts], owner)
+        runs = []
         logged: dict[uuid.UUID, tuple[int, int] | None] = {}
         for part in parts:
-            if (part.claim.turn_id, part.claim.attempt) not in held:
+            if held.get(part.claim.turn_id) != part.claim.attempt:
                 continue
-            batches.append(log.batch_of(part.claim.session_id, part.frames))
+            runs.append((part.claim.session_id, part.frames))
             logged[part.claim.turn_id] = None
             if part.wants_numbers:
                 first = sessions[part.claim.session_id].reserve_numbers(BLOCK)
                 logged[part.claim.turn_id] = (first, first + BLOCK)
-        # A commit that was reported as failed may have happened; its rows are the same, and are not written twice.
-        prepared.insert(*batches, on_conflict=OnConflict.IGNORE)
+        log.append_runs(runs, again=True)
     return logged
 
 
@@ -333,6 +346,15 @@ _cancelled = Rows(
         .filter(cancel_requested_at__isnull=False)
         .values_list("session_id")
         .order_by()
+    ),
+)
+_waiting_in = Rows(
+    StreamBatch,
+    lambda slot: (
+        StreamBatch.objects.unnumbered()
+        .filter(session_id__in=slot("session_id", "session_ids", many=True))
+        .order_by()
+        .values_list("session_id")
     ),
 )
 # Asked of each of these sessions: to list all frames that wait, SQLite reads the whole log.

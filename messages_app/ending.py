@@ -10,7 +10,7 @@ from agents_app.approvals import Verdict
 from events_app import log
 from events_app.chunks import TurnFinished
 from events_app.feed import feed
-from events_app.models import Event
+from events_app.log import Fact
 from sessions_app import lifecycle
 from sessions_app.callers import Caller
 from sessions_app.models import Session, Turn, TurnMoved
@@ -66,7 +66,7 @@ def _cancel(session: Session, turn: Turn, by: Caller) -> bool:
     return True
 
 
-def _cancelled(session: Session, turn: Turn, by: Caller) -> Event:
+def _cancelled(session: Session, turn: Turn, by: Caller) -> Fact:
     return lifecycle.fact(session, "session.updated", turn_id=turn.pk, cancelled_by=by.name)
 
 

@@ -6,6 +6,7 @@ from django.db import models
 from django.db.models import QuerySet
 from django.db.models.functions import Now
 
+from events_app.prepared import Insert
 from sessions_app.models import Session, Turn
 
 
@@ -41,3 +42,11 @@ class Message(models.Model):
 
     def __str__(self) -> str:
         return f"{self.role} in {self.session_id}"
+
+
+_said = Insert(Message, "session_id", "turn_id", "turn_position", "role", "content", "agent", "round")
+
+
+def say(turn: Turn, role: Message.Role, content: str, *, agent: str = "", round: int = 0) -> None:
+    """Store a message of a turn, in the caller's transaction."""
+    _said([(turn.session_id, turn.pk, turn.position, role.value, content, agent, round)])

@@ -18,10 +18,10 @@ from agents_app.llm import close_model, get_model
 from events_app.clock import every
 from events_app.database import hop, keep, read
 from events_app.feed import feed
-from events_app.frames import Frame
 from messages_app import claims, steps
 from messages_app.claims import Begun
 from messages_app.engine import give_up, run_turn
+from messages_app.steps import Scene
 from messages_app.turn_stream import Stopping, TurnStream
 from sessions_app import lifecycle, retention, unanswered
 from sessions_app.models import Claim, LostClaim
@@ -135,7 +135,7 @@ class Runner:
             for _ in range(places - len(begun)):
                 self._places.release()
         for each in begun:
-            self._begin(each[0].session_id, each)
+            self._begin(each.claim.session_id, each)
         return bool(begun)
 
     async def take_up(self, session_id: str) -> None:
@@ -165,7 +165,7 @@ class Runner:
 
     async def _run_all(self, session_id: str, begun: Begun | None) -> None:
         while begun is not None:
-            await self.run(*begun)
+            await self.run(begun)
             if self.is_stopping:
                 await hop(lifecycle.wake_runner, session_id)
                 return
@@ -211,11 +211,12 @@ class Runner:
                     else:
                         answer.set_result(turn)
                 elif turn is not None:
-                    self._abandoned.append(turn[0])  # who asked was cancelled
+                    self._abandoned.append(turn.claim)  # who asked was cancelled
         self._claiming = None
 
-    async def run(self, claim: Claim, frames: list[Frame]) -> None:
-        """Run a turn that this runner has claimed; `frames` are those that its claim has logged."""
+    async def run(self, begun: Begun) -> None:
+        """Run a turn that this runner has claimed."""
+        claim, frames, scene = begun
         if (lost := self._streams.get(claim.turn_id)) is not None:
             # Taken over within this process: the earlier run still works on it and does not know yet.
             lost.interrupt(LostClaim(f"turn {lost.origin} was taken over"))
@@ -229,7 +230,7 @@ class Runner:
                     # All before them is logged.
                     before = frames[0].seq - 1
                     feed.publish(claim.session_id, frames, prev=before, logged=before)
-                settled = await self._run_to_its_end(claim, stream)
+                settled = await self._run_to_its_end(claim, stream, scene)
         finally:
             if self._streams.get(claim.turn_id) is stream:
                 del self._streams[claim.turn_id]
@@ -237,11 +238,11 @@ class Runner:
                 # What was shown may not be what is stored: followers go by the log.
                 feed.poke(claim.session_id)
 
-    async def _run_to_its_end(self, claim: Claim, stream: TurnStream) -> bool:
+    async def _run_to_its_end(self, claim: Claim, stream: TurnStream, scene: Scene | None) -> bool:
         """Run a claimed turn until it ends, waits, or is left to somebody else; whether what became of it is stored."""
         ids = {"turn_id": str(claim.turn_id), "session_id": claim.session_id, "attempt": claim.attempt}
         try:
-            outcome = await run_turn(stream, get_model())
+            outcome = await run_turn(stream, get_model(), scene)
         except LostClaim:
             logger.warning("turn_lost", extra=ids)
         except Stopping:
@@ -343,17 +344,17 @@ class EmbeddedRunner(Runner):
 
     def take_new(self, begun: Begun) -> None:
         # Not in the context of the request, whose id all that the turn logs would carry.
-        self._loop.call_soon_threadsafe(self._start, *begun, context=self._context)
+        self._loop.call_soon_threadsafe(self._start, begun, context=self._context)
 
     def abandon(self, begun: Begun) -> None:
-        self._loop.call_soon_threadsafe(self._abandoned.append, begun[0])
+        self._loop.call_soon_threadsafe(self._abandoned.append, begun.claim)
 
     @property
     def _room(self) -> int:
         return max(settings.TURNS_AT_ONCE - len(self._running) - self._is_taking, 0)
 
-    def _start(self, claim: Claim, frames: list[Frame]) -> None:
-        task = asyncio.create_task(self.run(claim, frames))
+    def _start(self, begun: Begun) -> None:
+        task = asyncio.create_task(self.run(begun))
         self._running.add(task)
         task.add_done_callback(self._ended)
 
@@ -393,7 +394,7 @@ class EmbeddedRunner(Runner):
             except Exception:
                 logger.exception("claim_failed")
         for begun in claimed:
-            self._start(*begun)
+            self._start(begun)
         return bool(claimed)
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -1,10 +1,11 @@
 """What a running turn reads and writes: `look` reads, each other function is the body of one `TurnStream.commit`."""
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from django.conf import settings
-from django.db.models import F
+from django.db import DatabaseError
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -16,14 +17,16 @@ from agents_app.policy import Outcome, Ruling
 from agents_app.routing import Route
 from agents_app.server_tools import ServerCall
 from agents_app.tools import CallRefused, Toolbox
-from events_app import log, prepared
+from events_app import log
 from events_app.chunks import AssistantText, Chunk, ErrorShown, ServerCallMoved, ToolCalled
 from events_app.models import ModelCall
+from events_app.prepared import Insert
 from messages_app import transcript
-from messages_app.models import Message
+from messages_app.models import Message, say
+from messages_app.transcript import Said
 from messages_app.turn_stream import Step
 from sessions_app import lifecycle
-from sessions_app.models import ORCHESTRATOR, Claim, Session, ToolCall, Turn, deadline, message_counted
+from sessions_app.models import ORCHESTRATOR, Claim, ToolCall, Turn, deadline
 
 # So many calls of one session may wait for a person at once; a flood would have people sign without reading.
 PENDING_PER_SESSION = 20
@@ -86,6 +89,10 @@ class Spent:
     error: str = ""
 
 
+COST = tuple(each.name for each in fields(Spent))
+_booked = Insert(ModelCall, "account_id", "session_id", "turn_id", "created_at", *COST)
+
+
 def obey(step: Step) -> None:
     """Pass the session to the agent that the message asked for, when the turn's time has come."""
     asked = step.turn.requested_agent
@@ -105,24 +112,62 @@ def look(claim: Claim) -> Scene | None:
         return None
     if turn.round_count >= settings.TURN_MAX_ROUNDS:
         raise TooManyRounds
-    toolbox = team.toolbox_of(claim.team_version, turn.session.current_agent)
-    agent = toolbox.agent
-    scene = Scene(
-        agent.name,
-        agent.model_used,
-        agent.temperature,
-        transcript.of(turn, prompt=agent.prompt, context_tokens=settings.LLM_CONTEXT_TOKENS),
-        _opening(turn) if agent.name == ORCHESTRATOR else "",
-        toolbox,
-    )
+    scene = _scene(turn, claim.team_version)
     # A process that slept between these reads has parts of what another runner made of the turn.
     Turn.ensure_still_running(claim)
     return scene
 
 
-def _opening(turn: Turn) -> str:
+def opening_scenes(turns: Sequence[tuple[Turn, int]]) -> list[Scene | None]:
+    """The same for turns that are claimed in this transaction, each with its version of the team, if their first model
+    step comes first and is quickly told: with one query for all of them. None for the others.
+    """
+    short = [
+        turn.session_id
+        for turn, _ in turns
+        if turn.status == Turn.Status.QUEUED
+        and not turn.round_count
+        and not turn.requested_agent
+        and turn.session.message_count <= transcript.SHORT
+    ]
+    messages = transcript.whole(short) if short else {}
+    return [
+        _opening_scene(turn, version, messages[turn.session_id]) if turn.session_id in messages else None
+        for turn, version in turns
+    ]
+
+
+def _opening_scene(turn: Turn, version: int, messages: Sequence[Said]) -> Scene | None:
+    try:
+        return _scene(turn, version, messages)
+    except DatabaseError:
+        raise
+    except Exception:
+        # It keeps nothing else from being claimed: the turn meets it again, and tells its client.
+        return None
+
+
+def _scene(turn: Turn, version: int, messages: Sequence[Said] | None = None) -> Scene:
+    toolbox = team.toolbox_of(version, turn.session.current_agent)
+    agent = toolbox.agent
+    return Scene(
+        agent.name,
+        agent.model_used,
+        agent.temperature,
+        transcript.of(turn, prompt=agent.prompt, context_tokens=settings.LLM_CONTEXT_TOKENS, messages=messages),
+        _opening(turn, messages) if agent.name == ORCHESTRATOR else "",
+        toolbox,
+    )
+
+
+def _opening(turn: Turn, messages: Sequence[Said] | None) -> str:
     """What opened this turn: the transcript joins it with messages before it that got no answer."""
-    return turn.messages.get(role=Message.Role.USER).content
+    if messages is None:
+        return turn.messages.get(role=Message.Role.USER).content
+    (opened,) = (
+        said.content for said in messages if said.turn_position == turn.position and said.role == Message.Role.USER
+    )
+    return opened
 
 
 def route(step: Step, chosen: Route, scene: Scene, spent: Spent | None) -> None:
@@ -256,17 +301,8 @@ def _hand_over(step: Step, to: Route, *, by: str) -> None:
 
 
 def _store_answer(step: Step, text: str, agent: str, *, round: int = 0) -> None:
-    said = Message(
-        session=step.session,
-        turn=step.turn,
-        turn_position=step.turn.position,
-        role=Message.Role.ASSISTANT,
-        content=text,
-        agent=agent,
-        round=round,
-    )
-    prepared.insert(said)
-    message_counted(id=step.session.pk)
+    say(step.turn, Message.Role.ASSISTANT, text, agent=agent, round=round)
+    step.messages += 1
     step.record("session.message.added", role="assistant", agent=agent)
     if text.strip():
         step.say(AssistantText(text, is_final=not round))
@@ -408,20 +444,14 @@ def _close(step: Step, call: ToolCall, answer: str, outcome: ToolCall.Outcome) -
         timezone.now(),
     )
     call.save(force_insert=True)
-    Session.objects.filter(pk=step.session.pk).update(message_count=F("message_count") + 1)
+    step.messages += 1
 
 
 def _book(step: Step, spent: Spent | None) -> None:
     """Write down what a model step cost, and add it to the turn's bill."""
     if spent is None:
         return
-    booked = ModelCall(
-        account_id=step.claim.account_id,
-        session_id=step.claim.session_id,
-        turn_id=str(step.turn.pk),
-        created_at=timezone.now(),
-        **asdict(spent),
-    )
-    prepared.insert(booked)
+    cost = [getattr(spent, name) for name in COST]
+    _booked([(step.claim.account_id, step.claim.session_id, str(step.turn.pk), timezone.now(), *cost)])
     step.change(**{name: number + getattr(spent, name) for name, number in step.turn.usage.items()})
     step.record("agent.processing.completed", agent=spent.agent, duration_ms=spent.duration_ms, success=not spent.error)

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
@@ -12,6 +12,8 @@ from events_app.prepared import Rows
 from messages_app.models import Message
 from sessions_app.models import ToolCall, ToolCallQuerySet, Turn
 
+# A session with so many messages is read whole, by `whole`.
+SHORT = 100
 # So many messages are read at first, with the results of their calls, then four times as many, up to a bound: what does
 # not fit the window is read in vain, and a message may be long.
 PAGE = 40
@@ -50,8 +52,17 @@ class ContextTooLong(ModelError):
         super().__init__("context_too_long", "The message is longer than the model can read.")
 
 
-def of(turn: Turn, *, prompt: str, context_tokens: int) -> Chat:
-    """The system prompt and the conversation up to and including `turn`, never a message of a later turn.
+def whole(session_ids: Sequence[str]) -> dict[str, list[Said]]:
+    """All messages of these sessions, newest first: one query for what `of` would read of each."""
+    found: dict[str, list[Said]] = {session_id: [] for session_id in session_ids}
+    for session_id, *message in _whole(sessions=session_ids):
+        found[session_id].append(Said._make(message))
+    return found
+
+
+def of(turn: Turn, *, prompt: str, context_tokens: int, messages: Sequence[Said] | None = None) -> Chat:
+    """The system prompt and the conversation up to and including `turn`, never a message of a later turn. `messages`:
+    all of its session, if they were read already.
 
     When it does not fit the context window, whole old turns are left out first, never half a call. Raises
     ContextTooLong when the turn alone does not fit.
@@ -60,7 +71,8 @@ def of(turn: Turn, *, prompt: str, context_tokens: int) -> Chat:
     newest_first: list[Chat] = []
     current = turn.position
     chat: Chat = []  # of one turn, newest first
-    for message, calls in _newest_first(turn):
+    pages = _pages(turn) if messages is None else [messages]
+    for message, calls in _with_calls(turn, pages):
         if message.turn_position != current:
             newest_first.append(chat)
             chat, current = [], message.turn_position
@@ -112,11 +124,28 @@ def _page(start: int, size: int) -> Rows[Any]:
     )
 
 
-def _newest_first(turn: Turn) -> Iterator[tuple[Said, Sequence[Asked]]]:
+_whole = Rows(
+    Message,
+    lambda slot: (
+        Message.objects.filter(session_id__in=slot("session", "sessions", many=True))
+        .order_by("-turn_position", "-id")
+        .values_list("session_id", *Said._fields)
+    ),
+)
+
+
+def _pages(turn: Turn) -> Iterator[list[Said]]:
+    """Its session's messages, newest first."""
     start, size, is_last = 0, PAGE, False
     while not is_last:
         page = [*map(Said._make, _page(start, size)(session=turn.session_id, until=turn.position))]
         is_last = len(page) < size
+        yield page
+        start, size = start + size, min(4 * size, LARGEST_PAGE)
+
+
+def _with_calls(turn: Turn, pages: Iterable[Sequence[Said]]) -> Iterator[tuple[Said, Sequence[Asked]]]:
+    for page in pages:
         asking = {message.turn_position for message in page if message.round}
         calls = (
             calls_of(ToolCall.objects.filter(turn__session=turn.session_id, turn__position__in=asking))
@@ -124,8 +153,8 @@ def _newest_first(turn: Turn) -> Iterator[tuple[Said, Sequence[Asked]]]:
             else {}
         )
         for message in page:
-            yield message, calls.get((message.turn_position, message.round), ()) if message.round else ()
-        start, size = start + size, min(4 * size, LARGEST_PAGE)
+            if message.turn_position <= turn.position:
+                yield message, calls.get((message.turn_position, message.round), ()) if message.round else ()
 
 
 def _asked(call: Asked) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from events_app.chunks import Chunk, TurnFinished, encode, encode_delta
 from events_app.database import hop
 from events_app.feed import feed
 from events_app.frames import Frame
-from events_app.models import Event
+from events_app.log import Fact
 from sessions_app import lifecycle
-from sessions_app.models import CancelRequested, Claim, LostClaim, Turn, held_turn_locked, locked_session
+from sessions_app.models import CancelRequested, Claim, LostClaim, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,9 @@ class Step:
         self.turn = turn
         self.session = turn.session
         self.chunks: list[Chunk] = []
-        self.facts: list[Event] = []
+        self.facts: list[Fact] = []
         self.changes: dict[str, Any] = {}
+        self.messages = 0  # so many more has the session now
         self.ending: Turn.Status | None = None
 
     def say(self, chunk: Chunk) -> None:
@@ -170,13 +171,7 @@ class TurnStream:
     def _write_step(
         self, write: Callable[[Step], None], reserved: list[tuple[int, int]]
     ) -> tuple[list[Frame], Turn.Status | None]:
-        # The session first, as everybody does it.
-        session = locked_session.first(id=self.session_id)
-        turn = held_turn_locked.first(**self.claim.fence)
-        if session is None or turn is None:
-            raise LostClaim(f"turn {self.origin} is no longer {self.claim.owner}'s")
-        turn.session = session
-        step = Step(self.claim, turn)
+        step = Step(self.claim, Turn.locked(self.claim))
         write(step)
 
         def reserve() -> None:
@@ -210,9 +205,11 @@ class TurnStream:
                 Turn.finish(self.claim, step.ending, **step.changes)
             # Nobody saw the rest of the block: given back, a position in it is known for one that never was.
             _, end = self._spare or (self._next, self._end)
-            step.session.give_back_numbers(own[-1].seq + 1, end)
-        elif step.changes:
-            Turn.progress(self.claim, **step.changes)
+            step.session.leave(step.messages, own[-1].seq + 1, end)
+        else:
+            if step.changes:
+                Turn.progress(self.claim, **step.changes)
+            step.session.count_messages(step.messages)
         if self.wants_numbers and step.ending is None:
             reserve()
         return [*waiting, *own], step.ending

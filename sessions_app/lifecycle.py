@@ -17,7 +17,8 @@ from events_app import log
 from events_app.chunks import Chunk, encode
 from events_app.feed import feed
 from events_app.frames import Frame
-from events_app.models import Event, StreamBatch
+from events_app.log import Fact
+from events_app.models import StreamBatch
 from orchestrator_site.errors import Invalid
 from orchestrator_site.http import SESSION_ID
 from sessions_app import jobs
@@ -32,7 +33,7 @@ def valid_session_id(session_id: str) -> str:
     return session_id
 
 
-def fact(session: Session, event_type: str, *, turn_id: uuid.UUID | None = None, **data: Any) -> Event:
+def fact(session: Session, event_type: str, *, turn_id: uuid.UUID | None = None, **data: Any) -> Fact:
     """One thing that happened in a session, to be recorded in the transaction in which it does."""
     account_id, turn = session.account_id, str(turn_id or "")
     return log.fact(event_type, account_id=account_id, session_id=session.pk, turn_id=turn, **data)

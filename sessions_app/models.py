@@ -17,7 +17,7 @@ from django.db.models.expressions import Combinable, CombinedExpression
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
-from events_app.prepared import Rows, Slot, Update
+from events_app.prepared import Insert, Rows, Slot, Update
 from orchestrator_site.errors import Conflict, NotFound
 from sessions_app.callers import Caller
 
@@ -150,9 +150,19 @@ class Session(models.Model):
         self.next_seq = first + count
         return first
 
-    def give_back_numbers(self, first: int, end: int) -> None:
-        """Return the numbers from `first` up to `end` that nobody saw, unless others were given since."""
-        numbers_given_back(id=self.pk, first=first, end=end)
+    def count_messages(self, count: int) -> None:
+        """So many were stored in this transaction."""
+        if count:
+            messages_counted(id=self.pk, count=count)
+
+    def leave(self, messages: int, first: int, end: int) -> None:
+        """At the end of a turn: count its last messages, and return the numbers from `first` up to `end` that nobody
+        saw, unless others were given since.
+        """
+        if messages:
+            left_with_messages(id=self.pk, count=messages, first=first, end=end)
+        else:
+            numbers_given_back(id=self.pk, first=first, end=end)
 
     def live_turn(self) -> "Turn | None":
         """The turn whose runner gives the stream's numbers, if there is one; the caller holds the row's lock.
@@ -379,6 +389,21 @@ class Turn(models.Model):
             raise TurnMoved(f"{len(claims) - claimed} of {len(claims)} turns moved while they were claimed")
 
     @staticmethod
+    def locked(claim: Claim) -> "Turn":
+        """The turn and its session, both locked in the caller's transaction. Raises LostClaim."""
+        if connection.features.has_select_for_update:
+            # The session first, as everybody does it.
+            session = locked_session.first(id=claim.session_id)
+            turn = held_turn_locked.first(**claim.fence)
+            if session is not None and turn is not None:
+                turn.session = session
+        else:
+            turn = held_turn.first(**claim.fence)  # on SQLite the transaction is the lock
+        if turn is None:
+            raise LostClaim(f"turn {claim.turn_id} is no longer {claim.owner}'s")
+        return turn
+
+    @staticmethod
     def mine(claim: Claim) -> "TurnQuerySet":
         """The turn if `claim` still holds: what every write of a runner goes through."""
         return Turn.objects.held(claim.turn_id, claim.owner, claim.attempt)
@@ -487,16 +512,55 @@ def _held(slot: Callable[..., Slot]) -> TurnQuerySet:
 
 
 held_turn = Rows(Turn, lambda slot: _held(slot).select_related("session"))
+# In one order, whoever locks several.
+_locked_turns = Rows(
+    Turn,
+    lambda slot: (
+        Turn.objects.held_by(slot("owner"))
+        .filter(pk__in=slot("id", "turn_ids", many=True))
+        .select_for_update()
+        .order_by("pk")
+        .values_list("pk")
+    ),
+)
+_live_turns = Rows(
+    Turn,
+    lambda slot: (
+        Turn.objects.held_by(slot("owner"))
+        .filter(pk__in=slot("id", "turn_ids", many=True), lease_until__gt=Now())
+        .order_by()
+        .values_list("pk", "attempt")
+    ),
+)
+
+
+def live_attempts(turn_ids: Sequence[uuid.UUID], owner: str) -> dict[uuid.UUID, int]:
+    """Those of these turns that a runner holds, each with its attempt; locked, as by `lock_live`."""
+    if connection.features.has_select_for_update:
+        _locked_turns(turn_ids=turn_ids, owner=owner)
+    return dict(_live_turns(turn_ids=turn_ids, owner=owner))
+
+
 held_uncancelled = Rows(Turn, lambda slot: _held(slot).filter(cancel_requested_at__isnull=True).values_list("attempt"))
 held_turn_locked = Rows(Turn, lambda slot: _held(slot).select_for_update())
 locked_session = Rows(Session, lambda slot: Session.objects.locked().filter(pk=slot("id")).order_by())
 # In no order: for one SQLite would walk through all turns that there ever were.
 unfinished_turns = Rows(Turn, lambda slot: Turn.objects.unfinished().filter(session_id=slot("session")).order_by())
-message_counted = Update(
+messages_counted = Update(
     Session,
     lambda slot: Session.objects.filter(pk=slot("id")),
-    lambda slot: {"message_count": F("message_count") + 1, "last_activity": Now()},
+    lambda slot: {"message_count": F("message_count") + slot("message_count", "count"), "last_activity": Now()},
 )
+left_with_messages = Update(
+    Session,
+    lambda slot: Session.objects.filter(pk=slot("id")),
+    lambda slot: {
+        "message_count": F("message_count") + slot("message_count", "count"),
+        "last_activity": Now(),
+        "next_seq": Case(When(next_seq=slot("next_seq", "end"), then=slot("next_seq", "first")), default=F("next_seq")),
+    },
+)
+turn_stored = Insert(Turn)
 turn_opened = Update(
     Session,
     lambda slot: Session.objects.filter(pk=slot("id")),
@@ -505,6 +569,7 @@ turn_opened = Update(
         "message_count": F("message_count") + 1,
         "last_activity": Now(),
         "title": slot("title"),
+        "next_seq": F("next_seq") + slot("next_seq", "numbers"),
     },
 )
 numbers_given_back = Update(

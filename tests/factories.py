@@ -75,7 +75,7 @@ def make_answered_turn(session: Session, content: str, answer: str | None) -> Tu
 
 
 def claim(turn: Turn, owner: str = "runner") -> Claim:
-    claimed = {each.turn_id: each for each, _ in claims.claim_turns(owner, 100)}
+    claimed = {each.turn_id: each for each, *_ in claims.claim_turns(owner, 100)}
     return claimed[turn.pk]
 
 

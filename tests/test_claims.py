@@ -30,7 +30,7 @@ def test_a_turn_is_claimed_once() -> None:
 
     first, second = claims.claim_turns("one", 10), claims.claim_turns("two", 10)
 
-    assert [each.turn_id for each, _ in first] == [turn.pk]
+    assert [each.turn_id for each, *_ in first] == [turn.pk]
     assert second == []
 
 
@@ -49,12 +49,12 @@ def test_only_the_oldest_unfinished_turn_of_a_session_may_run() -> None:
     session = make_session()
     first, second = make_turn(session), make_turn(session)
 
-    assert [each.turn_id for each, _ in claims.claim_turns("one", 10)] == [first.pk]
+    assert [each.turn_id for each, *_ in claims.claim_turns("one", 10)] == [first.pk]
     assert claims.claim_turns("one", 10) == []
     Turn.objects.filter(pk=first.pk).update(status=Turn.Status.WAITING)
     assert claims.claim_turns("one", 10) == []
     Turn.objects.filter(pk=first.pk).update(status=Turn.Status.COMPLETED)
-    assert [each.turn_id for each, _ in claims.claim_turns("one", 10)] == [second.pk]
+    assert [each.turn_id for each, *_ in claims.claim_turns("one", 10)] == [second.pk]
 
 
 def test_the_database_refuses_two_active_turns_in_one_session() -> None:
@@ -71,7 +71,7 @@ def test_a_turn_whose_lease_ran_out_is_taken_over_with_numbers_above_all_that_we
     lost = claim(turn, "one")
     let_lease_run_out(turn)
 
-    (taken, frames), *_ = claims.claim_turns("two", 10)
+    (taken, frames, _), *_ = claims.claim_turns("two", 10)
 
     assert (taken.owner, taken.attempt) == ("two", lost.attempt + 1)
     assert taken.first_seq > lost.block_end - 1
@@ -133,7 +133,7 @@ def test_a_released_turn_is_claimed_at_once_and_its_unfinished_step_is_void() ->
 
     turn.refresh_from_db()
     assert (turn.status, turn.owner) == ("running", ""), "the unfinished step is known as such"
-    (taken, frames), *_ = claims.claim_turns("two", 10)
+    (taken, frames, _), *_ = claims.claim_turns("two", 10)
     assert (taken.turn_id, taken.owner) == (turn.pk, "two")
     assert f'"discard_after":{stream.claim.settled_seq}' in frames[0].body
     with pytest.raises(LostClaim):
@@ -147,7 +147,7 @@ def test_a_cancelled_turn_is_released_like_any_other() -> None:
 
     stream.write(steps.release)
 
-    assert [each.turn_id for each, _ in claims.claim_turns("two", 10)] == [turn.pk]
+    assert [each.turn_id for each, *_ in claims.claim_turns("two", 10)] == [turn.pk]
 
 
 def test_a_step_of_a_lost_claim_leaves_no_trace() -> None:
@@ -168,7 +168,7 @@ def test_a_step_of_a_lost_claim_leaves_no_trace() -> None:
 
 def test_the_group_commit_logs_only_turns_that_are_still_held() -> None:
     kept, lost = make_turn(make_session("a")), make_turn(make_session("b"))
-    claimed = {each.turn_id: each for each, _ in claims.claim_turns("one", 10)}
+    claimed = {each.turn_id: each for each, *_ in claims.claim_turns("one", 10)}
     held, gone = claimed[kept.pk], claimed[lost.pk]
     let_lease_run_out(lost)
     claim(lost, "somebody else")
@@ -296,7 +296,7 @@ def test_a_turn_that_bears_a_runners_name_without_its_knowledge_is_let_go_before
     claims.renew_leases("one", [], [given_up.pk])
 
     assert set(Turn.objects.held_by("one").values_list("pk", flat=True)) == {given_up.pk, fresh.pk}
-    ((again, _),) = claims.claim_turns("two", 10)
+    ((again, *_),) = claims.claim_turns("two", 10)
     stray.refresh_from_db()
     assert (again.turn_id, stray.lost_count) == (stray.pk, 0), "nobody has died"
 
@@ -323,7 +323,7 @@ def test_what_is_claimed_is_run_also_when_the_rest_of_the_claim_fails() -> None:
     with failing_for("trusted"):
         begun = claims.claim_turns("one", 10)
 
-    assert [claim.turn_id for claim, _ in begun] == [suspect.pk]
+    assert [claim.turn_id for claim, *_ in begun] == [suspect.pk]
 
 
 @contextmanager
@@ -345,7 +345,7 @@ def test_a_row_that_cannot_be_worked_with_fails_its_turn_and_keeps_nobody_waitin
 
     claimed = claims.claim_turns("one", 10)
 
-    assert [each.turn_id for each, _ in claimed] == [healthy.pk]
+    assert [each.turn_id for each, *_ in claimed] == [healthy.pk]
     broken.refresh_from_db()
     assert (broken.status, broken.code) == ("failed", "internal_error")
     said = log.page("broken", 0)[0]
@@ -383,7 +383,7 @@ def test_turns_of_many_sessions_cost_hardly_more_statements_than_one(
     with django_assert_max_num_queries(30):
         begun, locked = claims.claim_in("one", [turn.session_id for turn in turns])
 
-    assert {claim.turn_id for claim, _ in begun.values()} == {turn.pk for turn in turns}
+    assert {claim.turn_id for claim, *_ in begun.values()} == {turn.pk for turn in turns}
     assert locked == set()
 
 

@@ -201,7 +201,7 @@ def test_a_call_without_a_result_in_its_time_is_ended_and_the_turn_goes_on() -> 
     assert errors() == [{**shown, "closes": False}]
     assert Session.objects.get(pk="s").message_count == messages + 1
     assert fresh(call).deadline_at is None
-    assert [each.session_id for each, _ in claims.claim_turns("runner", 10)] == ["s"], "the model is asked now"
+    assert [each.session_id for each, *_ in claims.claim_turns("runner", 10)] == ["s"], "the model is asked now"
 
 
 def test_the_end_of_a_call_is_all_or_nothing() -> None:
@@ -412,7 +412,7 @@ def test_a_call_that_is_given_up_is_in_doubt_and_the_turn_goes_on() -> None:
     entry = AuditEntry.objects.get()
     assert (entry.action, entry.actor, entry.channel, entry.target) == ("call.given_up", "olga", "admin", call.pk)
     assert (entry.reason, entry.tool_name) == ("The laptop is gone.\nReally.", "read_file")
-    assert [each.session_id for each, _ in claims.claim_turns("runner", 10)] == ["s"]
+    assert [each.session_id for each, *_ in claims.claim_turns("runner", 10)] == ["s"]
 
 
 def test_a_call_without_a_deadline_can_be_given_up() -> None:

@@ -32,7 +32,7 @@ def claimed_by(owner: str) -> list[Claim]:
     """All that a runner with enough room gets."""
     got: list[Claim] = []
     while begun := claims.claim_turns(owner, 1_000):
-        got += [each for each, _ in begun]
+        got += [each for each, *_ in begun]
     return got
 
 

@@ -1,14 +1,16 @@
 """Statements that are compiled once do what Django's own would."""
 
+import uuid
+from datetime import timedelta
+
 import pytest
 from django.db import IntegrityError, connection, transaction
+from django.db.models.constants import OnConflict
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from events_app import prepared
 from events_app.models import Event, StreamBatch
-from events_app.prepared import Rows, Update
-from messages_app.models import Message
+from events_app.prepared import Insert, Rows, Update
 from sessions_app.models import Session, Turn
 from tests.factories import make_session, make_turn
 
@@ -81,30 +83,70 @@ def test_a_place_without_its_value_is_an_error() -> None:
         named(id="s")
 
 
-def test_rows_of_several_models_are_inserted_as_the_models_would() -> None:
-    turn = made()
-    said = Message(session=turn.session, turn=turn, turn_position=1, role="user", content="Привет 'x' %s")
-    events = [
-        Event(account_id=1, session_id="s", event_type="a", source="a", data={"n": number}, timestamp=timezone.now())
-        for number in range(3)
+def test_rows_are_inserted_as_the_model_would() -> None:
+    names = (
+        "account_id",
+        "session_id",
+        "event_type",
+        "source",
+        "data",
+        "timestamp",
+        "tool_name",
+        "event_id",
+        "version",
+    )
+    recorded, now = Insert(Event, *names, "correlation_id", "causation_id"), timezone.now()
+    rows = [
+        (1, "s", "a", "Привет 'x' %s", data, now + timedelta(seconds=number // 2), None, uuid.uuid4(), "1.0")
+        for number, data in enumerate([{"n": 1}, {}, {"text": 'ж"\n'}])
     ]
 
     with CaptureQueriesContext(connection) as queries:
-        prepared.insert(said, *events)
+        recorded([(*row, "", "") for row in rows])
+        recorded([])
 
-    assert len(queries) == 2
-    stored = Message.objects.get(content=said.content)
-    assert (stored.role, stored.turn_id, stored.agent) == ("user", turn.pk, "")
+    assert len(queries) == 1
+    assert list(Event.objects.filter(event_type="a").order_by("id").values_list(*names)) == rows
+
+
+def test_a_row_of_an_instance_has_all_of_its_columns() -> None:
+    session = make_session()
+    turn = Turn(session=session, position=7, requested_agent="coder", handoff_count=2)
+
+    Insert(Turn).instance(turn)
+
+    stored = Turn.objects.get(pk=turn.pk)
+    given = {"position": 7, "status": "queued", "requested_agent": "coder", "handoff_count": 2, "lease_until": None}
+    assert {name: getattr(stored, name) for name in given} == given
     assert abs((timezone.now() - stored.created_at).total_seconds()) < 60  # what the database gives
-    rows = Event.objects.filter(event_type="a").order_by("id").values_list("event_id", "data", "timestamp", "version")
-    assert list(rows) == [(each.event_id, each.data, each.timestamp, "1.0") for each in events]
+    assert not turn._state.adding
+
+
+def test_a_row_that_is_there_is_left_if_that_is_asked_for() -> None:
+    names = ("session_id", "origin", "first_seq", "last_seq", "frames", "closes", "created_at")
+    row = ("s", "o", 1, 1, [[1, "first"]], False, timezone.now())
+    again = Insert(StreamBatch, *names, on_conflict=OnConflict.IGNORE)
+
+    again([row])
+    again([(*row[:4], [[1, "second"]], *row[5:])])
+
+    assert StreamBatch.objects.get().frames == [[1, "first"]]
+
+
+def test_any_number_of_values_is_looked_for() -> None:
+    turns = [make_turn(make_session(name)) for name in ("a", "b", "c")]
+    named = Rows(Turn, lambda slot: Turn.objects.filter(pk__in=slot("id", "ids", many=True)).order_by("session_id"))
+    of = Rows(Turn, lambda slot: Turn.objects.filter(session_id__in=slot("session", "ids", many=True)).order_by("id"))
+
+    assert named(ids=[turns[2].pk, turns[0].pk]) == [turns[0], turns[2]]
+    assert named(ids=[]) == []
+    assert of(ids=["b", "'; --"]) == [turns[1]]
 
 
 def test_what_the_database_refuses_is_the_error_that_django_knows() -> None:
-    def batch() -> StreamBatch:
-        return StreamBatch(session_id="s", origin="o", first_seq=1, last_seq=1, frames=[], created_at=timezone.now())
-
-    prepared.insert(batch())
+    logged = Insert(StreamBatch, "session_id", "origin", "first_seq", "last_seq", "frames", "closes", "created_at")
+    row = ("s", "o", 1, 1, [[1, "frame"]], False, timezone.now())
+    logged([row])
 
     with pytest.raises(IntegrityError), transaction.atomic():
-        prepared.insert(batch())
+        logged([row])

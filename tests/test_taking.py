@@ -58,7 +58,7 @@ def test_it_is_claimed_as_it_is_stored() -> None:
 
     accepted = accept(taker)
 
-    ((claim, frames),) = taker.taken
+    ((claim, frames, _),) = taker.taken
     turn = Turn.objects.get()
     assert (turn.status, turn.attempt, str(turn.pk)) == ("running", 1, accepted.origin)
     assert [frame.seq for frame in frames] == [accepted.after + 1]
@@ -121,7 +121,7 @@ def test_what_may_have_been_committed_is_let_go_of(monkeypatch: pytest.MonkeyPat
         with pytest.raises(OperationalError):
             accept(taker)
 
-    ((claim, _),) = taker.abandoned
+    ((claim, *_),) = taker.abandoned
     assert taker.taken == []
     assert claim.turn_id == Turn.objects.get().pk
 

@@ -37,7 +37,6 @@ def gives_numbers_that_it_has_not_reserved() -> None:
 def lets_who_slept_write() -> None:
     """I3: a runner's writes count whoever holds the turn, however long ago its own lease ran out."""
     from events_app import log
-    from events_app.models import StreamBatch
     from messages_app import claims
     from sessions_app.models import TurnQuerySet
 
@@ -45,8 +44,7 @@ def lets_who_slept_write() -> None:
         return self.filter(pk=turn_id).order_by()
 
     def write_batches(owner: str, parts: Any) -> Any:
-        batches = [log.batch_of(part.claim.session_id, part.frames) for part in parts]
-        StreamBatch.objects.bulk_create(batches, ignore_conflicts=True)
+        log.append_runs([(part.claim.session_id, part.frames) for part in parts], again=True)
         return {part.claim.turn_id: None for part in parts}
 
     TurnQuerySet.held = held  # type: ignore[method-assign]

@@ -93,8 +93,13 @@ class Subscription:
         self.reread = False
         self._covered = len(self._batches)
 
-    def take(self, after: int) -> list[Frame]:
+    def take(self, after: int) -> Sequence[Frame]:
         """The frames past number `after` up to the first hole, which `has_hole` then tells."""
+        if len(self._batches) == 1 and (only := self._batches[0]).prev <= after < only.frames[0].seq:
+            # As nearly always: the next token.
+            self._batches.clear()
+            self.waiting = self._covered = 0
+            return only.frames
         taken: list[Frame] = []
         while self._batches and (self._joins(self._batches[0], after) or self._skip_void()):
             batch = self._batches.popleft()

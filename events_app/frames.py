@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
-from events_app.chunks import DELTA_PREFIX, FORWARDED_PREFIX, RESTARTED_PREFIX, Chunk, encode
+from events_app.chunks import DELTA_PREFIX, FORWARDED_PREFIX, RESTARTED_PREFIX, Chunk, encode, encode_delta
 
 PING = b": ping\n\n"
 _FORWARDED = FORWARDED_PREFIX.encode()
@@ -24,6 +24,11 @@ class Frame:
     def of(cls, seq: int, origin: str, body: str, *, closes: bool = False) -> Self:
         """`body`: the SSE fields of one chunk, as `chunks.encode` makes them."""
         return cls(seq, origin, f"id: {seq}\n{body}".encode("ascii"), body.startswith(DELTA_PREFIX), closes)
+
+    @classmethod
+    def delta(cls, seq: int, origin: str, text: str) -> Self:
+        """A token delta."""
+        return cls(seq, origin, f"id: {seq}\n{encode_delta(text)}".encode("ascii"), True)
 
     @property
     def data(self) -> str:

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, nullcontext
-from typing import Self
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 from django.conf import settings
@@ -132,7 +132,7 @@ async def _further_page(session_id: str, after: int) -> tuple[list[Frame], bool]
     return await _replays[loop].page(session_id, after)
 
 
-def _fresh(frames: list[Frame], after: int, until: str | None) -> tuple[list[Frame], int, bool]:
+def _fresh(frames: Sequence[Frame], after: int, until: str | None) -> tuple[list[Frame], int, bool]:
     """What a follower at `after` has not seen of `frames`, its new position, and whether its answer is complete."""
     fresh = []
     for frame in frames:
@@ -147,7 +147,12 @@ def _fresh(frames: list[Frame], after: int, until: str | None) -> tuple[list[Fra
 
 def wire_of(frames: list[Frame], *, tokens: bool = True) -> bytes:
     """What `follow` yielded as bytes of an event stream; without `tokens`, the deltas are left out."""
-    return b"".join([frame.wire for frame in frames if tokens or not frame.is_delta]) if frames else PING
+    if not frames:
+        return PING
+    # One token, as nearly always.
+    if tokens and len(frames) == 1:
+        return frames[0].wire
+    return b"".join([frame.wire for frame in frames if tokens or not frame.is_delta])
 
 
 async def until_old(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -192,9 +197,9 @@ class Place:
     def give_back(self) -> None:
         _places.discard(self)
 
-    def response(self, parts: AsyncGenerator[bytes, None]) -> "EventStream":
-        """The response every stream uses."""
-        response = EventStream(parts)
+    def response(self, parts: AsyncGenerator[Any, None], wire: Callable[[Any], bytes] = bytes) -> "EventStream":
+        """The response every stream uses, of what `wire` makes of each part."""
+        response = EventStream(parts, wire)
         # Closed by whoever sends it, whether or not anybody has read of it.
         response._resource_closers.append(self.give_back)  # type: ignore[attr-defined]
         self._is_taken = True
@@ -202,8 +207,9 @@ class Place:
 
 
 class EventStream(StreamingHttpResponse):
-    """`parts` is what it streams, without the layers that Django puts around it."""
+    """`parts` is what it streams as what `wire` makes of each, without the layers that Django puts around it."""
 
-    def __init__(self, parts: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(parts, headers=HEADERS)
+    def __init__(self, parts: AsyncGenerator[Any, None], wire: Callable[[Any], bytes]) -> None:
+        super().__init__(parts, headers=HEADERS)  # Django's handler, which has the pages, knows bytes alone
         self.parts = parts
+        self.wire = wire

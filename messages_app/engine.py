@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Literal
@@ -80,7 +79,7 @@ class _Run:
 
     async def _answer(self, scene: Scene) -> str | None:
         """One model step and what it leads to; None when the model has to be asked again."""
-        finished = await self._ask(scene, "answer", scene.messages, scene.temperature, self._show)
+        finished = await self._ask(scene, "answer", scene.messages, scene.temperature)
         if not finished.tool_calls:
             complete = partial(steps.complete, text=finished.text, agent=scene.agent, spent=self.spent)
             return await self.stream.commit(complete)
@@ -133,7 +132,7 @@ class _Run:
             return routing.SINGLE_AGENT
         chosen = None
         try:
-            finished = await self._ask(scene, "routing", routing.question(scene.user_text), 0.3, None)
+            finished = await self._ask(scene, "routing", routing.question(scene.user_text), 0.3)
             chosen = routing.read_answer(finished.text)
         except ModelError as error:
             logger.warning("routing_failed", extra={"turn_id": self.stream.origin, "code": error.code})
@@ -145,13 +144,12 @@ class _Run:
         purpose: Literal["answer", "routing"],
         messages: list[dict[str, Any]],
         temperature: float | None,
-        show: Callable[[str], Awaitable[None]] | None,
     ) -> FinishedStep:
-        """One model step, its pieces handed to `show`, its cost kept in `self.spent` however it ends."""
+        """One model step, the pieces of an answer shown, its cost kept in `self.spent` however it ends."""
         self.spent = spent = Spent(scene.agent, scene.model, purpose)
-        started = time.monotonic()
+        started, is_shown = time.monotonic(), purpose == "answer"
         try:
-            offered = scene.toolbox.offered() if purpose == "answer" else []
+            offered = scene.toolbox.offered() if is_shown else []
             request = ModelRequest(scene.model, messages, purpose, temperature, offered)
             async with self.stream.interruptible(self.deadline), aclosing(self.model.stream(request)) as outputs:
                 async for output in outputs:
@@ -161,8 +159,10 @@ class _Run:
                         spent.total_tokens = output.usage.total_tokens
                         spent.has_tool_calls = bool(output.tool_calls)
                         return output
-                    if show is not None:
-                        await show(output.text)
+                    if is_shown:
+                        self.said.append(output.text)
+                        if not self.stream.has_shown(output.text):
+                            await self.stream.delta(output.text)
         except ModelError as error:
             spent.error = error.code
             raise
@@ -175,10 +175,6 @@ class _Run:
         finally:
             spent.duration_ms = round((time.monotonic() - started) * 1000)
         raise ModelError("model_interrupted", "The model stopped in the middle of its answer.")
-
-    async def _show(self, text: str) -> None:
-        self.said.append(text)
-        await self.stream.delta(text)
 
     async def _fail(self, code: str, message: str) -> str:
         logger.warning("turn_failing", extra={"turn_id": self.stream.origin, "agent": self.agent, "code": code})

@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Iterator
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 from django.conf import settings
@@ -37,6 +37,8 @@ PRUNE_SECONDS = 600.0
 DEADLINE_SECONDS = 1.0
 # What waits when a worker starts it takes up in parts, so that workers that start together share it.
 PART, PART_SECONDS = 250, 0.2
+# So many messages that come together each have their turn claimed as they are stored.
+TAKEN_AT_ONCE = 16
 HAND_OVER_SECONDS = 8.0
 HAND_OVER_PAUSE_SECONDS = 0.5
 
@@ -277,9 +279,11 @@ class Runner:
         streams = [stream for stream in self._streams.values() if stream.has_news]
         if not streams:
             return
-        async with AsyncExitStack() as locks:
+        held: list[TurnStream] = []
+        try:
             for stream in streams:
-                await locks.enter_async_context(stream.lock)
+                await stream.lock.acquire()
+                held.append(stream)
             # A commit of its own may have been faster.
             streams = [stream for stream in streams if stream.unlogged()]
             parts = [claims.Unlogged(s.claim, s.unlogged(), s.wants_numbers) for s in streams]
@@ -289,6 +293,9 @@ class Runner:
                     stream.logged(len(part.frames), logged[stream.claim.turn_id])
                 else:
                     stream.interrupt(LostClaim(f"turn {stream.origin} was taken over"))
+        finally:
+            for stream in held:
+                stream.lock.release()
 
     async def _renew(self) -> None:
         forgotten = time.monotonic() - 2 * settings.TURN_LEASE_SECONDS
@@ -321,7 +328,7 @@ class EmbeddedRunner(Runner):
         super().__init__()
         self._wake = asyncio.Event()
         self._loop, self._context = asyncio.get_running_loop(), contextvars.copy_context()
-        self._is_taking = False
+        self._taking = 0  # so many messages are being stored whose turns it takes
         # While others wait for a place, new ones are not taken first.
         self._has_backlog = True
 
@@ -329,18 +336,18 @@ class EmbeddedRunner(Runner):
     def taking(self) -> Iterator["EmbeddedRunner | None"]:
         """Around the acceptance of a message: this runner, if it may claim the turn in the same transaction.
 
-        One that comes alone begins sooner so. Of several that come together it is cheaper to claim all at once.
+        It begins sooner so. Of a crowd it is cheaper to claim many at once, and the last of it begins sooner.
         """
         self._has_backlog = self._has_backlog or not self._room
-        if self._has_backlog or self._is_taking:
+        if self._has_backlog or self._taking == TAKEN_AT_ONCE:
             yield None
             return
-        self._is_taking = True
+        self._taking += 1
         try:
             with self._taking_up():
                 yield self
         finally:
-            self._is_taking = False
+            self._taking -= 1
 
     def take_new(self, begun: Begun) -> None:
         # Not in the context of the request, whose id all that the turn logs would carry.
@@ -351,7 +358,7 @@ class EmbeddedRunner(Runner):
 
     @property
     def _room(self) -> int:
-        return max(settings.TURNS_AT_ONCE - len(self._running) - self._is_taking, 0)
+        return max(settings.TURNS_AT_ONCE - len(self._running) - self._taking, 0)
 
     def _start(self, begun: Begun) -> None:
         task = asyncio.create_task(self.run(begun))

@@ -9,7 +9,7 @@ from typing import Any
 from django.db import transaction
 
 from events_app import log
-from events_app.chunks import Chunk, TurnFinished, encode, encode_delta
+from events_app.chunks import Chunk, TurnFinished, encode
 from events_app.database import hop
 from events_app.feed import feed
 from events_app.frames import Frame
@@ -92,16 +92,23 @@ class TurnStream:
 
     async def delta(self, text: str) -> None:
         """Show a piece of text at once. Waits for the database only when a block of numbers has run out early."""
+        if not self.has_shown(text):
+            await self.commit(nothing)
+            self._show(text)
+
+    def has_shown(self, text: str) -> bool:
+        """The same without waiting; whether that was possible."""
         if self._held is not None:
             # A commit is under way whose frames come first: followers read numbers in order.
             self._held.append(text)
-            return
-        if self._next >= self._end and self._spare is None:
-            await self.commit(nothing)
-        self._show(text)
+        elif self._next < self._end or self._spare is not None:
+            self._show(text)
+        else:
+            return False
+        return True
 
     def _show(self, text: str) -> None:
-        frame = Frame.of(self._take(), self.origin, encode_delta(text))
+        frame = Frame.delta(self._take(), self.origin, text)
         self._unlogged.append(frame)
         self._publish((frame,))
 

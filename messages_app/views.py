@@ -1,7 +1,6 @@
 """The stream endpoint: parse, one call, one response. And sessions as conversations."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import orjson
@@ -16,7 +15,7 @@ from rest_framework.views import APIView
 from events_app.stream import Place, wire_of
 from messages_app import ending, inbound
 from messages_app.history import history, messages_of
-from messages_app.orchestration import Frames, MessageOrchestrationService
+from messages_app.orchestration import MessageOrchestrationService
 from orchestrator_site.errors import Invalid
 from orchestrator_site.http import allow, boolean, caller_in, json_body, read_json
 from sessions_app import idempotency, lifecycle
@@ -35,14 +34,7 @@ async def message_stream(request: HttpRequest) -> HttpResponseBase:
         service = MessageOrchestrationService(request.caller, arrived_at=arrived_at)  # type: ignore[attr-defined]
         frames = service.receive(message, key)
         await anext(frames)
-        return place.response(_wire(frames, tokens))
-
-
-async def _wire(frames: Frames, tokens: bool) -> AsyncGenerator[bytes, None]:
-    async with aclosing(frames):
-        async for ready in frames:
-            if wire := wire_of(ready, tokens=tokens):
-                yield wire
+        return place.response(frames, partial(wire_of, tokens=tokens))
 
 
 class NewTitle(serializers.Serializer[Any]):

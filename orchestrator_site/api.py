@@ -118,7 +118,8 @@ async def _send(response: HttpResponseBase, send: Send, leaving: _Leaving) -> No
         await send(start)
         async with aclosing(response.parts) as parts:
             async for part in parts:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
+                if body := response.wire(part):
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
         leaving.no_more()
         await send({"type": "http.response.body"})
         return

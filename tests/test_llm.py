@@ -18,7 +18,7 @@ from agents_app.keywords import classify
 from agents_app.llm.base import CallWanted, FinishedStep, ModelError, ModelRequest, TextDelta, Usage
 from agents_app.llm.breaker import Breaker
 from agents_app.llm.demo import DemoModel
-from agents_app.llm.openai import Answer, ClientSettings, OpenAIModel
+from agents_app.llm.openai import Answer, ClientSettings, EventSplitter, OpenAIModel
 from tests.scripted_llm import (
     PATIENCE,
     Body,
@@ -463,6 +463,24 @@ def test_any_text_in_any_chunking_comes_back_identical(
 
     assert [*got, *answer.close()] == pieces
     assert answer.done
+
+
+LINES = [b"", b"", b"data: a", b"data: b", b"data:c", b"data:", b"data: ", b": ping", b"event: x", b"data: d\r", b"\r"]
+
+
+@given(lines=st.lists(st.sampled_from(LINES)), cuts=st.lists(st.integers(0, 200)))
+@example(lines=[b"data:", b"data: a", b"", b""], cuts=[6])
+@example(lines=[b"data: a", b"", b": ping", b"", b"data: b", b"", b""], cuts=[])
+def test_any_event_stream_is_split_alike_in_any_chunking(lines: list[bytes], cuts: list[int]) -> None:
+    body = b"\n".join(lines)
+    edges = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
+    in_chunks, by_byte = EventSplitter(1_000), EventSplitter(1_000)
+
+    got = [event for start, end in zip(edges, edges[1:], strict=False) for event in in_chunks.feed(body[start:end])]
+
+    expected = [event for index in range(len(body)) for event in by_byte.feed(body[index : index + 1])]
+    assert got == expected
+    assert [*in_chunks.end()] == [*by_byte.end()]
 
 
 @given(text=st.text(st.characters(categories=["Cs", "Cc", "So", "L"]), min_size=1), data=st.data())

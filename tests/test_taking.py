@@ -1,9 +1,10 @@
-"""A message that comes alone: its turn is stored and claimed in one transaction, by the runner of the same process."""
+"""A message of no crowd: its turn is stored and claimed in one transaction, by the runner of the same process."""
 
 import asyncio
 import json
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from typing import Any, cast
 
 import pytest
@@ -18,7 +19,7 @@ from messages_app import acceptance, claims
 from messages_app.acceptance import Accepted
 from messages_app.claims import Begun
 from messages_app.inbound import UserMessage
-from messages_app.runner import EmbeddedRunner, here
+from messages_app.runner import TAKEN_AT_ONCE, EmbeddedRunner, here
 from sessions_app.idempotency import Key
 from sessions_app.models import Account, IdempotencyRecord, Turn
 from tests.factories import CALLER, make_session, make_turn
@@ -161,12 +162,13 @@ def with_runner(play: Callable[[EmbeddedRunner], Coroutine[Any, Any, None]]) -> 
     asyncio.run(played())
 
 
-def test_one_alone_is_taken_and_of_several_the_first() -> None:
+def test_some_are_taken_and_of_a_crowd_only_the_first() -> None:
     async def play(runner: EmbeddedRunner) -> None:
-        with here.taking() as first, here.taking() as second:
-            assert (first, second) == (runner, None)
-        with here.taking() as third:
-            assert third is runner
+        with ExitStack() as stored:
+            takers = [stored.enter_context(here.taking()) for _ in range(TAKEN_AT_ONCE + 2)]
+            assert takers == [*[runner] * TAKEN_AT_ONCE, None, None]
+        with here.taking() as later:
+            assert later is runner
 
     with_runner(play)
 

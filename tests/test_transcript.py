@@ -34,6 +34,9 @@ pytestmark = pytest.mark.django_db
 def chat_of(turn: Turn, tokens: int = 100_000) -> list[dict[str, Any]]:
     chat = transcript.of(turn, prompt="You are the coder", context_tokens=tokens)
     assert history_problem(chat) is None
+    # As it is read when the turn is claimed.
+    messages = transcript.whole([turn.session_id, "another"])[turn.session_id]
+    assert transcript.of(turn, prompt="You are the coder", context_tokens=tokens, messages=messages) == chat
     return chat[1:]
 
 

@@ -4,8 +4,8 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -110,10 +110,17 @@ class OpenAIModel:
             for attempt in count():
                 answer = Answer(self._settings)
                 try:
-                    async with aclosing(self._receive(request, answer)) as arrivals:
-                        async for data in arrivals:
+                    async with self._asked(request, answer) as (content, patience):
+                        while not answer.done and (data := await patience.with_read(content)):
+                            progress = answer.progress
                             for text in answer.feed(data):
                                 yield TextDelta(text)
+                            # Only tokens move the deadline. Keep-alive comments and single bytes do not.
+                            if answer.progress > progress:
+                                patience.begin_again(self._settings.token_timeout)
+                        if answer.done:
+                            patience.begin_again(LINGER)
+                            await patience.with_read(content)
                     for text in answer.close():
                         yield TextDelta(text)
                     break
@@ -128,10 +135,14 @@ class OpenAIModel:
         # Yielded outside the breaker: a caller that stops at the finished step has seen a success, not a cancellation.
         yield step
 
-    async def _receive(self, request: ModelRequest, answer: "Answer") -> AsyncGenerator[bytes, None]:
-        """One attempt: the bytes of the body, as many at a time as there are, while `answer` keeps progressing."""
-        now = asyncio.get_running_loop().time
-        patience = _Patience(now() + self._settings.first_token_timeout)
+    @asynccontextmanager
+    async def _asked(
+        self, request: ModelRequest, answer: "Answer"
+    ) -> AsyncIterator[tuple[aiohttp.StreamReader, "_Patience"]]:
+        """One attempt: the body, and the patience to read it with. What breaks it off is told as a ModelError, unless
+        the answer is complete.
+        """
+        patience = _Patience(self._settings.first_token_timeout)
         response: aiohttp.ClientResponse | None = None
         try:
             async with asyncio.timeout_at(patience.deadline):
@@ -139,17 +150,7 @@ class OpenAIModel:
             await self._check(response)
             if response.content_type == "application/json":
                 answer.expect_whole()
-            while True:
-                data = await patience.with_read(response.content)
-                if not data or answer.done:
-                    return
-                progress = answer.progress
-                yield data
-                # Only tokens move the deadline. Keep-alive comments and single bytes do not.
-                if answer.done:
-                    patience.until(now() + LINGER)
-                elif answer.progress > progress:
-                    patience.until(now() + self._settings.token_timeout)
+            yield response.content, patience
         except (TimeoutError, aiohttp.ClientError, UnicodeError) as error:
             if not answer.complete:
                 raise self._translated(error) from None
@@ -225,9 +226,9 @@ class _Patience:
     The reads alone count: whoever is slow to take what was read is no slow model. Belongs to the task that makes it.
     """
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
+        self.deadline = self._loop.time() + seconds
         self._task = asyncio.current_task()
         self._cancelling = self._task.cancelling() if self._task else 0
         self._is_reading = self._is_over = False
@@ -248,8 +249,9 @@ class _Patience:
         finally:
             self._is_reading = False
 
-    def until(self, deadline: float) -> None:
-        """Between two reads: from now on this is the deadline."""
+    def begin_again(self, seconds: float) -> None:
+        """Between two reads: the deadline is so far away from now on."""
+        deadline = self._loop.time() + seconds
         if deadline < self.deadline:
             self.end()  # its timer would be too late
         self.deadline = deadline
@@ -423,6 +425,12 @@ class EventSplitter:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The events that `data` completes."""
+        if not self._held and not self._data and data.endswith(b"\n\n") and data.startswith(b"data: "):
+            # As nearly all of them come: whole events of one line each.
+            events = data[6:-2].split(b"\n\ndata: ")
+            if not any(b"\n" in event or b"\r" in event for event in events):
+                yield from events
+                return
         self._line.append(data)
         if b"\n" in data:
             *lines, rest = b"".join(self._line).split(b"\n")

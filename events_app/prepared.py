@@ -27,6 +27,26 @@ def _db() -> Any:
     return connections[DEFAULT_DB_ALIAS]
 
 
+class _Kept(threading.local):
+    """The cursor that a thread uses for all its statements: to make one costs as much as to execute most of them."""
+
+    def __init__(self) -> None:
+        self.cursor: Any = None
+        self.connection: Any = None
+
+
+_kept = _Kept()
+
+
+def _cursor(db: Any) -> Any:
+    """For a statement whose rows are all read before the next one."""
+    if db.force_debug_cursor:
+        return db.cursor()  # a test counts
+    if _kept.cursor is None or db.connection is None or _kept.connection is not db.connection:
+        _kept.cursor, _kept.connection = db.cursor(), db.connection
+    return _kept.cursor
+
+
 class Slot(Value):
     """A place for a value of this field, which is given when the statement is executed. Never for None."""
 
@@ -39,6 +59,9 @@ class Slot(Value):
 
     def prepared(self, value: Any, db: Any) -> Any:
         return self.output_field.get_db_prep_value(value, db)
+
+    def plain_on(self, vendor: str) -> type | None:
+        return _plain(self.output_field, vendor)
 
 
 class Slots(Slot):
@@ -58,19 +81,22 @@ class Slots(Slot):
 class _Statement:
     """SQL with its parameters: some are known, the others come by name."""
 
-    def __init__(self, sql: str, parameters: Sequence[Any]) -> None:
+    def __init__(self, sql: str, parameters: Sequence[Any], db: Any) -> None:
         self.sql = sql
-        self._parameters = [self._prepared(each) for each in parameters]
-
-    @staticmethod
-    def _prepared(parameter: Any) -> tuple[str, Any]:
-        if isinstance(parameter, Slot):
-            return parameter.name, parameter.prepared
-        return "", parameter
+        self._db = db
+        self._known = [None if isinstance(each, Slot) else each for each in parameters]
+        self._slots = [
+            (index, each.name, each.plain_on(db.vendor), each.prepared)
+            for index, each in enumerate(parameters)
+            if isinstance(each, Slot)
+        ]
 
     def parameters(self, values: dict[str, Any]) -> list[Any]:
-        db = _db()
-        return [known(values[name], db) if name else known for name, known in self._parameters]
+        parameters = self._known.copy()
+        for index, name, plain, prepared in self._slots:
+            value = values[name]
+            parameters[index] = value if type(value) is plain else prepared(value, self._db)
+        return parameters
 
 
 class _PerThread(threading.local):
@@ -96,7 +122,10 @@ class Rows(Generic[T]):
         self._compiled = _PerThread()
 
     def __call__(self, **values: Any) -> list[T]:
-        return list(self.each(**values))
+        compiled = self._compiled.statement or self._compile()
+        cursor = _cursor(_db())
+        cursor.execute(compiled.sql, compiled.parameters(values))
+        return [compiled.instance(row) for row in cursor.fetchall()]
 
     def each(self, **values: Any) -> Iterator[T]:
         """The rows one after the other: those that nobody asks for are not read."""
@@ -117,9 +146,10 @@ class Rows(Generic[T]):
 
 class _Selection(_Statement):
     def __init__(self, queryset: "QuerySet[Any]") -> None:
-        self._db = db = _db()
+        db = _db()
         compiler = queryset.query.get_compiler(connection=db)
-        super().__init__(*compiler.as_sql())
+        sql, parameters = compiler.as_sql()
+        super().__init__(sql, parameters, db)
         select, information = compiler.select, compiler.klass_info
         # Any other class yields values.
         self._is_of_models = queryset._iterable_class is ModelIterable
@@ -175,9 +205,9 @@ class Update:
     def many(self, executions: Sequence[dict[str, Any]]) -> int:
         """Once for each of these values, at the cost of about one statement; how many rows all of them changed."""
         compiled = self._compiled.statement or self._compile()
-        with _db().cursor() as cursor:
-            _execute(cursor, compiled.sql, [compiled.parameters(values) for values in executions])
-            changed: int = cursor.rowcount
+        cursor = _cursor(_db())
+        _execute(cursor, compiled.sql, [compiled.parameters(values) for values in executions])
+        changed: int = cursor.rowcount
         return changed
 
     def _compile(self) -> _Statement:
@@ -185,7 +215,9 @@ class Update:
         query = self._rows(slot).query.chain(UpdateQuery)
         query.clear_ordering(force=True)
         query.add_update_values(self._changes(slot))  # type: ignore[attr-defined]
-        compiled = self._compiled.statement = _Statement(*query.get_compiler(connection=_db()).as_sql())
+        db = _db()
+        sql, parameters = query.get_compiler(connection=db).as_sql()
+        compiled = self._compiled.statement = _Statement(sql, parameters, db)
         return compiled
 
 
@@ -224,8 +256,7 @@ class Insert:
         prepared = [
             _column(*column, values, db) for column, values in zip(columns, zip(*rows, strict=True), strict=True)
         ]
-        with db.cursor() as cursor:
-            _execute(cursor, sql, list(zip(*prepared, strict=True)))
+        _execute(_cursor(db), sql, list(zip(*prepared, strict=True)))
 
     def instance(self, instance: Model) -> None:
         """The row of this one, which counts as stored from now on."""
@@ -237,7 +268,7 @@ class Insert:
         names = ", ".join(quoted(str(field.column)) for field in self._fields)
         places = ", ".join(["%s"] * len(self._fields))
         begin = db.ops.insert_statement(on_conflict=self._on_conflict)
-        end = db.ops.on_conflict_suffix_sql(self._fields, (), self._on_conflict, ())
+        end = db.ops.on_conflict_suffix_sql(self._fields, self._on_conflict, (), ())
         sql = f"{begin} {quoted(self._model._meta.db_table)} ({names}) VALUES ({places}) {end}".rstrip()
         columns: list[tuple[type | None, Prepare]]
         columns = [(_plain(field, db.vendor), field.get_db_prep_save) for field in self._fields]

@@ -14,8 +14,10 @@ from orchestrator_site.errors import Unavailable
 
 # So many in so short a time are a crowd, of which not more than this comes until it has been worked off.
 CROWD = 150
-CROWD_SECONDS = 0.25
+CROWD_SECONDS = 0.1
 LONGEST_CROWD_SECONDS = 3.0
+# How fast those who wait begin is judged by so long a time, at most and at least.
+PACE_SECONDS, LEAST_PACE_SECONDS = 2.0, 0.25
 
 
 class Overloaded(Unavailable):
@@ -30,27 +32,43 @@ class Entrance:
         self._waiting: dict[Newcomer, float] = {}
         self._arrivals: deque[float] = deque(maxlen=CROWD)
         self._crowd_since: float | None = None
+        self._begun: deque[float] = deque()
+        self._busy_since = 0.0
 
-    def admit(self, arrived_at: float | None) -> "Newcomer":
-        """Raises Overloaded when others came OVERLOAD_SECONDS before, and still wait.
+    def admit(self, arrived_at: float | None, now: float | None = None) -> "Newcomer":
+        """Raises Overloaded when others came OVERLOAD_SECONDS before, and still wait; or when so many wait that it will
+        take as long until the last of them has begun.
 
         For a database that is locked or does not answer everybody waits, which is none of the load's doing.
         """
-        now = time.monotonic()
+        now = time.monotonic() if now is None else now
         arrived_at = arrived_at or now
         self._arrivals.append(arrived_at)
         first = next(iter(self._waiting.values()), arrived_at)
-        is_late = arrived_at - max(first, held_up_until()) > settings.OVERLOAD_SECONDS
+        has_waited = arrived_at - max(first, held_up_until())
+        is_late = max(has_waited, self._will_wait(now)) > settings.OVERLOAD_SECONDS
         if is_late and not self._is_of_a_crowd(arrived_at):
             raise Overloaded("This server has more to do than it can.", Retry_After="1")
         newcomer = Newcomer(self)
+        if not self._waiting:
+            self._busy_since = now
         self._waiting[newcomer] = now
         return newcomer
 
-    def leave(self, newcomer: "Newcomer") -> None:
-        self._waiting.pop(newcomer, None)
+    def leave(self, newcomer: "Newcomer", now: float) -> None:
+        if self._waiting.pop(newcomer, None) is not None:
+            self._begun.append(now)
         if not self._waiting:
             self._crowd_since = None
+
+    def _will_wait(self, now: float) -> float:
+        """How long those who wait now will take, at the pace of late; 0 as long as nobody knows."""
+        since = max(self._busy_since, held_up_until(), now - PACE_SECONDS)
+        while self._begun and self._begun[0] < since:
+            self._begun.popleft()
+        if not self._begun or now - since < LEAST_PACE_SECONDS:
+            return 0.0
+        return len(self._waiting) * (now - since) / len(self._begun)
 
     def _is_of_a_crowd(self, arrived_at: float) -> bool:
         if len(self._arrivals) < CROWD or arrived_at - self._arrivals[0] > CROWD_SECONDS:
@@ -64,9 +82,9 @@ class Newcomer:
     def __init__(self, entrance: Entrance) -> None:
         self._entrance = entrance
 
-    def has_begun(self) -> None:
+    def has_begun(self, now: float | None = None) -> None:
         """Or has left."""
-        self._entrance.leave(self)
+        self._entrance.leave(self, time.monotonic() if now is None else now)
 
 
 entrance = Entrance()

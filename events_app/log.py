@@ -21,7 +21,7 @@ from orchestrator_site.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 PAGE = 100
-PAGE_BYTES = 256 * 1024
+PAGE_BYTES = 64 * 1024
 
 _logged = Rows(
     StreamBatch,

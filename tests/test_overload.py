@@ -1,6 +1,7 @@
 """More messages than a process can begin: who comes while others still wait is refused at once, and nothing else is."""
 
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -83,9 +84,9 @@ def test_whoever_waits_for_a_locked_database_is_no_reason_to_refuse_others(
 # --- Who is taken ----------------------------------------------------------------------------------------------------
 
 
-def comes(entrance: Entrance, arrived_at: float) -> Newcomer | None:
+def comes(entrance: Entrance, arrived_at: float, now: float | None = None) -> Newcomer | None:
     try:
-        return entrance.admit(arrived_at)
+        return entrance.admit(arrived_at, now)
     except Overloaded:
         return None
 
@@ -105,7 +106,8 @@ def test_a_newcomer_is_taken_unless_somebody_has_waited_for_too_long_when_it_com
 
 def test_a_crowd_is_taken_to_its_last_but_no_second_one_behind_it() -> None:
     entrance, now, apart = Entrance(), time.monotonic(), CROWD_SECONDS / CROWD / 2
-    assert all(comes(entrance, now + number * apart) for number in range(10 * CROWD))
+    number_in_time = int(settings.OVERLOAD_SECONDS / apart)
+    assert all(comes(entrance, now + number * apart) for number in range(2 * number_in_time))
 
     later = now + LONGEST_CROWD_SECONDS + 1
     assert not any(comes(entrance, later + number * apart) for number in range(2 * CROWD))
@@ -119,3 +121,33 @@ def test_many_who_come_one_after_the_other_are_no_crowd() -> None:
 
     assert all(came[:in_time])
     assert not any(came[2 * in_time :])
+
+
+def test_more_than_can_begin_in_time_are_refused_before_anybody_has_waited_that_long() -> None:
+    """A hundred a second begin, three times as many come: no more wait than can begin in OVERLOAD_SECONDS."""
+    entrance, now = Entrance(), time.monotonic()
+    waiting: deque[Newcomer] = deque()
+    refused_at = most = 0
+
+    for number in range(600):
+        moment = now + number / 300
+        if (newcomer := comes(entrance, moment, moment)) is not None:
+            waiting.append(newcomer)
+        elif not refused_at:
+            refused_at = number
+        if number % 3 == 0 and waiting:
+            waiting.popleft().has_begun(moment)
+        most = max(most, len(waiting))
+
+    in_time = 100 * settings.OVERLOAD_SECONDS
+    assert 0 < refused_at / 300 < settings.OVERLOAD_SECONDS
+    assert 0.8 * in_time < most < 1.2 * in_time
+
+
+def test_no_pace_is_judged_by_a_moment() -> None:
+    entrance, now = Entrance(), time.monotonic()
+    first = comes(entrance, now, now)
+    assert first is not None
+    first.has_begun(now)
+
+    assert all(comes(entrance, now, now + number / 1_000) for number in range(CROWD - 1))

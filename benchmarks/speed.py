@@ -455,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.5, help="how long each run at full speed counts")
-    parser.add_argument("--turns", type=int, default=320, help="of 200 tokens, at most, in each of those")
+    parser.add_argument("--turns", type=int, default=800, help="of 200 tokens, at most, in each of those")
     parser.add_argument("--streams", type=int, default=1_000, help="that are open at once, with a token a second")
     parser.add_argument("--quiet", type=int, default=40, help="tokens of each of those")
     parser.add_argument("--peers", action="store_true", help="Agno and Aegra too: `make bench-peers` installs them")

@@ -18,6 +18,8 @@ CROWD_SECONDS = 0.1
 LONGEST_CROWD_SECONDS = 3.0
 # How fast those who wait begin is judged by so long a time, at most and at least.
 PACE_SECONDS, LEAST_PACE_SECONDS = 2.0, 0.25
+# Turns begin in groups: of fewer than this no pace is made.
+LEAST_BEGUN = 32
 
 
 class Overloaded(Unavailable):
@@ -55,9 +57,9 @@ class Entrance:
         self._waiting[newcomer] = now
         return newcomer
 
-    def leave(self, newcomer: "Newcomer", now: float) -> None:
-        if self._waiting.pop(newcomer, None) is not None:
-            self._begun.append(now)
+    def leave(self, newcomer: "Newcomer", *, begun_at: float | None = None) -> None:
+        if self._waiting.pop(newcomer, None) is not None and begun_at is not None:
+            self._begun.append(begun_at)
         if not self._waiting:
             self._crowd_since = None
 
@@ -66,7 +68,7 @@ class Entrance:
         since = max(self._busy_since, held_up_until(), now - PACE_SECONDS)
         while self._begun and self._begun[0] < since:
             self._begun.popleft()
-        if not self._begun or now - since < LEAST_PACE_SECONDS:
+        if len(self._begun) < LEAST_BEGUN or now - since < max(LEAST_PACE_SECONDS, settings.OVERLOAD_SECONDS / 2):
             return 0.0
         return len(self._waiting) * (now - since) / len(self._begun)
 
@@ -83,8 +85,11 @@ class Newcomer:
         self._entrance = entrance
 
     def has_begun(self, now: float | None = None) -> None:
-        """Or has left."""
-        self._entrance.leave(self, time.monotonic() if now is None else now)
+        self._entrance.leave(self, begun_at=time.monotonic() if now is None else now)
+
+    def has_left(self) -> None:
+        """Or waits for something else than this process."""
+        self._entrance.leave(self)
 
 
 entrance = Entrance()

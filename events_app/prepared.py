@@ -8,7 +8,8 @@ cursors and its fields.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
+from contextlib import suppress
+from operator import attrgetter, methodcaller
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -123,9 +124,8 @@ class Rows(Generic[T]):
 
     def __call__(self, **values: Any) -> list[T]:
         compiled = self._compiled.statement or self._compile()
-        cursor = _cursor(_db())
-        cursor.execute(compiled.sql, compiled.parameters(values))
-        return [compiled.instance(row) for row in cursor.fetchall()]
+        rows = _executed(_db(), compiled.sql, [compiled.parameters(values)], _fetched)
+        return [compiled.instance(row) for row in rows]
 
     def each(self, **values: Any) -> Iterator[T]:
         """The rows one after the other: those that nobody asks for are not read."""
@@ -205,9 +205,7 @@ class Update:
     def many(self, executions: Sequence[dict[str, Any]]) -> int:
         """Once for each of these values, at the cost of about one statement; how many rows all of them changed."""
         compiled = self._compiled.statement or self._compile()
-        cursor = _cursor(_db())
-        _execute(cursor, compiled.sql, [compiled.parameters(values) for values in executions])
-        changed: int = cursor.rowcount
+        changed: int = _executed(_db(), compiled.sql, [compiled.parameters(values) for values in executions], _counted)
         return changed
 
     def _compile(self) -> _Statement:
@@ -256,7 +254,7 @@ class Insert:
         prepared = [
             _column(*column, values, db) for column, values in zip(columns, zip(*rows, strict=True), strict=True)
         ]
-        _execute(_cursor(db), sql, list(zip(*prepared, strict=True)))
+        _executed(db, sql, list(zip(*prepared, strict=True)), _counted)
 
     def instance(self, instance: Model) -> None:
         """The row of this one, which counts as stored from now on."""
@@ -304,8 +302,21 @@ def _plain(field: Any, vendor: str) -> type | None:
     return bool if isinstance(field, BooleanField) else None
 
 
-def _execute(cursor: Any, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-    if len(rows) == 1:
-        cursor.execute(sql, rows[0])
-    else:
-        cursor.executemany(sql, rows)
+_fetched, _counted = methodcaller("fetchall"), attrgetter("rowcount")
+
+
+def _executed(db: Any, sql: str, rows: Sequence[Sequence[Any]], outcome: Callable[[Any], Any]) -> Any:
+    """What came of a statement that was executed with each of these parameters."""
+    cursor = _cursor(db)
+    try:
+        if len(rows) == 1:
+            cursor.execute(sql, rows[0])
+        else:
+            cursor.executemany(sql, rows)
+        return outcome(cursor)
+    except BaseException:
+        # With a row that it could not read, SQLite keeps the statement open, and with it what the database was then.
+        _kept.cursor = None
+        with suppress(Exception):
+            cursor.close()
+        raise

@@ -153,7 +153,7 @@ def _open_turn(message: UserMessage, caller: Caller, taker: Taker | None, claime
         return Accepted(session.pk, str(turn.pk), after)  # the end of the turn before it lets it run
     if taker is not None:
         claimed.append(_claimed(turn, taker))
-        transaction.on_commit(partial(taker.take_new, claimed[-1]))
+        transaction.on_commit(partial(_hand_over, turn, claimed[-1], taker))
     else:
         lifecycle.wake_runner(session.pk)
     return Accepted(session.pk, str(turn.pk), after, begins=settings.TURN_RUNNER == "embedded")
@@ -167,6 +167,11 @@ def _claimed(turn: Turn, taker: Taker) -> Begun:
     except Exception as error:
         logger.exception("claim_failed", extra={"turns": 1})
         raise CannotBegin from error
+
+
+def _hand_over(turn: Turn, begun: Begun, taker: Taker) -> None:
+    claims.find_openings([turn], [begun])
+    taker.take_new(begun)
 
 
 def _make_way(session: Session, busy: Busy, caller: Caller) -> list[Turn]:

@@ -9,7 +9,7 @@ from itertools import count
 from typing import NamedTuple
 
 from django.conf import settings
-from django.db import InterfaceError, OperationalError, transaction
+from django.db import InterfaceError, OperationalError, connection, transaction
 from django.db.models import Exists, OuterRef
 from django.db.models.functions import Now
 
@@ -49,12 +49,12 @@ RUNNERS_LOST = ErrorShown("The server failed each time it worked on this message
 
 class Begun(NamedTuple):
     """A turn that was claimed, the frames that tell its followers so, and what its first model step starts from, if
-    that was read along.
+    that was read: in a list, from which whoever runs it takes it, for it may be long and is needed once.
     """
 
     claim: Claim
     frames: list[Frame]
-    scene: Scene | None = None
+    opening: list[Scene]
 
 
 def claim_turns(owner: str, limit: int) -> list[Begun]:
@@ -211,14 +211,26 @@ def claim_new(turn: Turn, owner: str) -> Begun:
     return begun
 
 
-@transaction.atomic
 def _claim_together(owner: str, locked: Callable[[], list[Turn]], *, singled_out: bool) -> list[Begun]:
     """What somebody else has locked is about to change, or about to be claimed: it is looked at the next time."""
-    turns = locked()
-    if not turns:
-        return []
-    numbers_reserved.many([{"id": turn.session_id, "count": BLOCK} for turn in turns])
-    return _take(owner, turns, singled_out=singled_out)
+    with transaction.atomic():
+        turns = locked()
+        if not turns:
+            return []
+        numbers_reserved.many([{"id": turn.session_id, "count": BLOCK} for turn in turns])
+        begun = _take(owner, turns, singled_out=singled_out)
+    find_openings(turns, begun)
+    return begun
+
+
+def find_openings(turns: Sequence[Turn], begun: Sequence[Begun]) -> None:
+    """After the commit: nobody's lock is held for it, and the turns are claimed whatever comes of it."""
+    if connection.in_atomic_block:
+        return  # of a caller: an error would undo what it does
+    scenes = steps.opening_scenes([(turn, each.claim.team_version) for turn, each in zip(turns, begun, strict=True)])
+    for each, scene in zip(begun, scenes, strict=True):
+        if scene is not None:
+            each.opening.append(scene)
 
 
 def _take(owner: str, turns: Sequence[Turn], *, singled_out: bool) -> list[Begun]:
@@ -241,8 +253,7 @@ def _take(owner: str, turns: Sequence[Turn], *, singled_out: bool) -> list[Begun
         [(claim.session_id, frames[-1:]) for claim, frames in begun if frames and frames[-1].seq == claim.settled_seq]
     )
     log.record(*[_started(claim, turn.session) for turn, (claim, _) in zip(turns, begun, strict=True)])
-    scenes = steps.opening_scenes([(turn, claim.team_version) for turn, (claim, _) in zip(turns, begun, strict=True)])
-    return [Begun(claim, frames, scene) for (claim, frames), scene in zip(begun, scenes, strict=True)]
+    return [Begun(claim, frames, []) for claim, frames in begun]
 
 
 def _begin(turn: Turn, owner: str, version: int, *, waiting: bool) -> tuple[Claim, list[Frame]]:

@@ -26,23 +26,23 @@ GRACE_SECONDS = 4.0
 Executed = tuple[str, ToolCall.Outcome]
 
 
-async def run_turn(stream: TurnStream, model: Model, scene: Scene | None = None) -> str:
-    """Advance the claimed turn until it ends, or waits for its tool calls, and return what became of it. `scene`: what
-    its first step starts from, if it was read already.
+async def run_turn(stream: TurnStream, model: Model, opening: list[Scene]) -> str:
+    """Advance the claimed turn until it ends, or waits for its tool calls, and return what became of it. From `opening`
+    is taken what its first step starts from, if it was read already.
 
     Raises LostClaim when another runner has it, Stopping when the server stops; database errors pass through. In all
     three cases the turn is left as it is, for whoever claims it next.
     """
-    return await _Run(stream, model, scene).to_the_end()
+    return await _Run(stream, model, opening).to_the_end()
 
 
 class _Run:
     """One claim's run: what it has said of the unfinished step, what that step cost so far."""
 
-    def __init__(self, stream: TurnStream, model: Model, scene: Scene | None) -> None:
+    def __init__(self, stream: TurnStream, model: Model, opening: list[Scene]) -> None:
         self.stream = stream
         self.model = model
-        self.opening = scene
+        self.opening = opening
         self.started = time.monotonic() - stream.claim.ran_ms / 1000  # had it never waited
         self.deadline = asyncio.get_running_loop().time() + settings.TURN_MAX_SECONDS - stream.claim.ran_ms / 1000
         self.agent = ORCHESTRATOR
@@ -63,7 +63,7 @@ class _Run:
         if self.stream.claim.requested_agent:
             await self.stream.commit(steps.obey)
         while True:
-            scene, self.opening = self.opening or await read(steps.look, self.stream.claim), None
+            scene = self.opening.pop() if self.opening else await read(steps.look, self.stream.claim)
             if scene is None:
                 if (outcome := await self._execute()) is not None:
                     return outcome

@@ -74,7 +74,7 @@ class MessageOrchestrationService:
             newcomer = live = None
             if opens_turn_of:
                 newcomer = entrance.admit(self._arrived_at)
-                until_left.callback(newcomer.has_begun)
+                until_left.callback(newcomer.has_left)
                 from_before = until_left.enter_context(ExitStack())
                 live = from_before.enter_context(feed.subscribe(opens_turn_of, ends_with_session=False))
             try:
@@ -91,7 +91,7 @@ class MessageOrchestrationService:
                 from_before.close()  # what it repeats was said before
                 live = None
             if newcomer is not None and not accepted.begins:
-                newcomer.has_begun()
+                newcomer.has_left()
             if accepted.lost is not None:
                 yield [accepted.lost]
             elif accepted.has_frames:

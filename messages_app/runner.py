@@ -218,7 +218,7 @@ class Runner:
 
     async def run(self, begun: Begun) -> None:
         """Run a turn that this runner has claimed."""
-        claim, frames, scene = begun
+        claim, frames, opening = begun
         if (lost := self._streams.get(claim.turn_id)) is not None:
             # Taken over within this process: the earlier run still works on it and does not know yet.
             lost.interrupt(LostClaim(f"turn {lost.origin} was taken over"))
@@ -232,7 +232,7 @@ class Runner:
                     # All before them is logged.
                     before = frames[0].seq - 1
                     feed.publish(claim.session_id, frames, prev=before, logged=before)
-                settled = await self._run_to_its_end(claim, stream, scene)
+                settled = await self._run_to_its_end(claim, stream, opening)
         finally:
             if self._streams.get(claim.turn_id) is stream:
                 del self._streams[claim.turn_id]
@@ -240,11 +240,11 @@ class Runner:
                 # What was shown may not be what is stored: followers go by the log.
                 feed.poke(claim.session_id)
 
-    async def _run_to_its_end(self, claim: Claim, stream: TurnStream, scene: Scene | None) -> bool:
+    async def _run_to_its_end(self, claim: Claim, stream: TurnStream, opening: list[Scene]) -> bool:
         """Run a claimed turn until it ends, waits, or is left to somebody else; whether what became of it is stored."""
         ids = {"turn_id": str(claim.turn_id), "session_id": claim.session_id, "attempt": claim.attempt}
         try:
-            outcome = await run_turn(stream, get_model(), scene)
+            outcome = await run_turn(stream, get_model(), opening)
         except LostClaim:
             logger.warning("turn_lost", extra=ids)
         except Stopping:

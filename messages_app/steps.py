@@ -1,11 +1,11 @@
 """What a running turn reads and writes: `look` reads, each other function is the body of one `TurnStream.commit`."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from django.conf import settings
-from django.db import DatabaseError
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -28,6 +28,10 @@ from messages_app.turn_stream import Step
 from sessions_app import lifecycle
 from sessions_app.models import ORCHESTRATOR, Claim, ToolCall, Turn, deadline
 
+logger = logging.getLogger(__name__)
+
+# So many messages are read for the turns that are claimed together.
+OPENING_MESSAGES = 1_000
 # So many calls of one session may wait for a person at once; a flood would have people sign without reading.
 PENDING_PER_SESSION = 20
 
@@ -119,32 +123,34 @@ def look(claim: Claim) -> Scene | None:
 
 
 def opening_scenes(turns: Sequence[tuple[Turn, int]]) -> list[Scene | None]:
-    """The same for turns that are claimed in this transaction, each with its version of the team, if their first model
-    step comes first and is quickly told: with one query for all of them. None for the others.
+    """The same for turns that were claimed just now, each with its version of the team, if their first model step comes
+    first and is quickly told: one query for all of them. None for the others, and for what cannot be told.
     """
-    short = [
-        turn.session_id
-        for turn, _ in turns
-        if turn.status == Turn.Status.QUEUED
-        and not turn.round_count
-        and not turn.requested_agent
-        and turn.session.message_count <= transcript.SHORT
-    ]
-    messages = transcript.whole(short) if short else {}
-    return [
-        _opening_scene(turn, version, messages[turn.session_id]) if turn.session_id in messages else None
-        for turn, version in turns
-    ]
+    # A few thousand messages at the most, whatever there is to be claimed.
+    room = OPENING_MESSAGES
+    short = []
+    for turn, _ in turns:
+        is_new = turn.status == Turn.Status.QUEUED and not turn.round_count and not turn.requested_agent
+        if is_new and turn.session.message_count <= min(transcript.SHORT, room):
+            short.append(turn.session_id)
+            room -= turn.session.message_count
+    try:
+        messages = transcript.whole(short) if short else {}
+    except Exception:
+        # Each turn of them meets it again by itself, and tells its client.
+        logger.exception("opening_unread", extra={"turns": len(short)})
+        return [None] * len(turns)
+    return [_opening_scene(turn, version, messages.get(turn.session_id), len(turns)) for turn, version in turns]
 
 
-def _opening_scene(turn: Turn, version: int, messages: Sequence[Said]) -> Scene | None:
+def _opening_scene(turn: Turn, version: int, messages: Sequence[Said] | None, among: int) -> Scene | None:
+    # Calls are read with a query for each session.
+    if messages is None or (among > 1 and any(said.round for said in messages)):
+        return None
     try:
         return _scene(turn, version, messages)
-    except DatabaseError:
-        raise
     except Exception:
-        # It keeps nothing else from being claimed: the turn meets it again, and tells its client.
-        return None
+        return None  # as above
 
 
 def _scene(turn: Turn, version: int, messages: Sequence[Said] | None = None) -> Scene:

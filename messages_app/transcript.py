@@ -7,13 +7,16 @@ from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
 
+from django.db.models.functions import Left
+
 from agents_app.llm import ModelError
 from events_app.prepared import Rows
 from messages_app.models import Message
 from sessions_app.models import ToolCall, ToolCallQuerySet, Turn
 
-# A session with so many messages is read whole, by `whole`.
-SHORT = 100
+# A session with so many messages of so many characters is short: `whole` reads it.
+SHORT = 40
+SHORT_CHARS = 4_000
 # So many messages are read at first, with the results of their calls, then four times as many, up to a bound: what does
 # not fit the window is read in vain, and a message may be long.
 PAGE = 40
@@ -53,10 +56,16 @@ class ContextTooLong(ModelError):
 
 
 def whole(session_ids: Sequence[str]) -> dict[str, list[Said]]:
-    """All messages of these sessions, newest first: one query for what `of` would read of each."""
+    """All messages of these sessions, newest first: one query for what `of` would read of each. Without the sessions in
+    which somebody said more than SHORT_CHARS at a time.
+    """
     found: dict[str, list[Said]] = {session_id: [] for session_id in session_ids}
     for session_id, *message in _whole(sessions=session_ids):
-        found[session_id].append(Said._make(message))
+        said = Said._make(message)
+        if len(said.content) > SHORT_CHARS:
+            found.pop(session_id, None)
+        elif session_id in found:
+            found[session_id].append(said)
     return found
 
 
@@ -129,7 +138,7 @@ _whole = Rows(
     lambda slot: (
         Message.objects.filter(session_id__in=slot("session", "sessions", many=True))
         .order_by("-turn_position", "-id")
-        .values_list("session_id", *Said._fields)
+        .values_list("session_id", "turn_position", "round", "role", Left("content", SHORT_CHARS + 1))
     ),
 )
 

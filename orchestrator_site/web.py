@@ -26,6 +26,8 @@ LINGER_SECONDS = 2.0
 # Requests that are answered have so long to end, then they are cut.
 ANSWER_SECONDS = 10
 QUEUE_OF_CONNECTIONS = 2048
+# A database thread that computes lets the event loop wait for so long, again and again (Python's own: 5 ms).
+SWITCH_SECONDS = 0.001
 
 
 def main() -> None:
@@ -79,6 +81,7 @@ def serve(listener: socket.socket, *, linger_seconds: float = 0) -> None:
 
     from events_app.startup import refusals_in_one_line
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     with refusals_in_one_line(), _port_needed(settings.HOST, settings.PORT):
         listener.setblocking(False)
         listener.listen(QUEUE_OF_CONNECTIONS)  # fails when another process prepared itself beside this one

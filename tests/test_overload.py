@@ -10,6 +10,7 @@ from typing import Any
 from django.conf import settings
 
 from events_app.admission import CROWD, CROWD_SECONDS, LONGEST_CROWD_SECONDS, Entrance, Newcomer, Overloaded
+from messages_app.runner import TAKEN_AT_ONCE
 from tests import databases
 from tests.scripted_llm import Gate, ScriptedLLM, call, hold
 from tests.server import Server, eventually, running
@@ -151,3 +152,24 @@ def test_no_pace_is_judged_by_a_moment() -> None:
     first.has_begun(now)
 
     assert all(comes(entrance, now, now + number / 1_000) for number in range(CROWD - 1))
+
+
+def test_no_pace_is_made_of_the_first_of_a_group() -> None:
+    """Sixteen begin as they are stored, the others together a little later."""
+    entrance, now = Entrance(), time.monotonic()
+    came = [comes(entrance, now + number / 1_000, now + number / 1_000) for number in range(100)]
+    for newcomer in came[:TAKEN_AT_ONCE]:
+        assert newcomer is not None
+        newcomer.has_begun(now + 0.18)
+
+    assert all(comes(entrance, now + later, now + later) for later in (0.26, 0.3, 0.4, 0.6, 0.9))
+
+
+def test_whoever_leaves_makes_no_pace() -> None:
+    entrance, now = Entrance(), time.monotonic()
+    waiting = [comes(entrance, now, now) for _ in range(100)]
+    for newcomer in waiting[:50]:
+        assert newcomer is not None
+        newcomer.has_left()
+
+    assert comes(entrance, now + 0.6, now + 0.6), "of none is known when it begins"

@@ -59,7 +59,7 @@ def test_a_runner_that_stops_begins_to_execute_nothing() -> None:
     stream.interrupt(Stopping())
 
     with pytest.raises(Stopping):
-        asyncio.run(run_turn(stream, get_model()))
+        asyncio.run(run_turn(stream, get_model(), []))
 
     call.refresh_from_db()
     assert (call.status, call.begun_at) == ("released", None)
@@ -79,7 +79,7 @@ def test_a_runner_that_stops_waits_a_little_for_what_it_executes(monkeypatch: py
     monkeypatch.setitem(registered, "pay", ServerTool("pay", "", {}, pay, is_repeatable=False, deadline_seconds=None))
 
     with pytest.raises(Stopping):
-        asyncio.run(run_turn(stream, get_model()))
+        asyncio.run(run_turn(stream, get_model(), []))
 
     call.refresh_from_db()
     assert (call.outcome, call.answer) == ("ok", "paid")

@@ -884,8 +884,8 @@ def test_a_stricter_rule_holds_at_once_and_a_weaker_one_from_the_next_turn(
     llm.script(gated(write, gates[0]), say("Well."), gated(write, gates[1]), say("Well."), write)
 
     def write_under(outcome: str, gate: Gate) -> list[Any]:
+        seen = len(llm.answers)
         with server.streaming({"type": "user_message", "content": "go"}, "s") as frames:
-            seen = len(llm.answers)
             llm.wait_for(lambda model: len(model.answers) > seen)
             browser.edit("approvalrule/1/change", outcome=outcome, reason="Because.")
             gate.open()

@@ -1,21 +1,20 @@
 """Statements that are compiled once do what Django's own would."""
 
-import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import DatabaseError, IntegrityError, OperationalError, connection, transaction
+from django.db import DatabaseError, IntegrityError, connection, transaction
 from django.db.models.constants import OnConflict
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from events_app.models import Event, StreamBatch
 from events_app.prepared import Insert, Rows, Update
-from sessions_app.models import Account, Session, Turn
+from sessions_app.models import Session, Turn
 from tests.factories import make_session, make_turn
 
 pytestmark = pytest.mark.django_db
@@ -154,24 +153,6 @@ def test_what_the_database_refuses_is_the_error_that_django_knows() -> None:
 
     with pytest.raises(IntegrityError), transaction.atomic():
         logged([row])
-
-
-@pytest.mark.sqlite
-@pytest.mark.django_db(transaction=True)
-def test_a_row_that_cannot_be_read_leaves_nothing_open() -> None:
-    """SQLite would go on to show the database as it was then, and refuse to write."""
-    Session.objects.create(pk="s", account=Account.objects.get_or_create(pk=1)[0])
-    titles = Rows(Session, lambda slot: Session.objects.filter(pk=slot("id")).values_list("title"))
-    with connection.cursor() as cursor:
-        cursor.execute("UPDATE sessions_app_session SET title = CAST(x'ff' AS TEXT)")
-    with pytest.raises(OperationalError):
-        titles(id="s")
-
-    with closing(sqlite3.connect(connection.settings_dict["NAME"], uri=True, isolation_level=None)) as another:
-        another.execute("UPDATE sessions_app_session SET title = 'new'")
-
-    with transaction.atomic():
-        assert titles(id="s") == [["new"]]
 
 
 def test_a_statement_that_failed_is_executed_again_like_any_other() -> None:

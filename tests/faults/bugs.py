@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 
@@ -24,14 +25,15 @@ def says_yes_before_it_has_stored() -> None:
 
 def gives_numbers_that_it_has_not_reserved() -> None:
     """I2: whoever takes a turn over gives those numbers again."""
-    from sessions_app.models import numbers_reserved
+    from sessions_app.models import numbers_reserved, turn_opened
 
-    reserve = numbers_reserved.many
+    for update, name in ((numbers_reserved, "count"), (turn_opened, "numbers")):
+        update.many = partial(_at_most_two, update.many, name)  # type: ignore[method-assign]
 
-    def reserve_two(executions: Any) -> int:
-        return reserve([{**values, "count": min(values["count"], 2)} for values in executions])
 
-    numbers_reserved.many = reserve_two  # type: ignore[method-assign]
+def _at_most_two(reserve: Any, name: str, executions: Any) -> int:
+    changed: int = reserve([{**values, name: min(values[name], 2)} for values in executions])
+    return changed
 
 
 def lets_who_slept_write() -> None:

@@ -12,6 +12,7 @@ from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
+from django.utils import timezone
 
 from agents_app import approvals, effects
 from agents_app.admin.card import SALT, seal
@@ -653,6 +654,7 @@ def test_the_agents_words_are_marked_as_its_own_and_stand_below_what_runs(olga: 
 def test_the_conversation_around_and_similar_decisions_are_on_the_card(olga: Client) -> None:
     session = make_session()
     make_answered_turn(session, "How are you?", "Fine.")
+    session.messages.update(created_at=timezone.now())  # a quick model
     for number, (path, verdict, feedback) in enumerate(
         [("a.md", Verdict.REJECT, "never"), ("b.md", Verdict.APPROVE, ""), ("a.md", Verdict.APPROVE, "fine")]
     ):

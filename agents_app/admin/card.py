@@ -163,9 +163,10 @@ class Card:
         before = self.session.messages.filter(turn_position__lte=self.call.turn.position)
         messages = before.exclude(turn=self.call.turn_id, round=self.call.round).order_by("-turn_position", "-id")
         calls = self.session.calls.filter(created_at__lte=self.call.created_at).exclude(pk=self.call.pk)
+        # In this order also where two have the same time: the sort keeps it.
         said = [
-            *(_message(message) for message in messages[:MESSAGES_AROUND]),
-            *(_call(call) for call in calls.order_by("-created_at")[:CALLS_AROUND]),
+            *(_message(message) for message in reversed(list(messages[:MESSAGES_AROUND]))),
+            *(_call(call) for call in reversed(list(calls.order_by("-created_at")[:CALLS_AROUND]))),
         ]
         oldest = min((each.at for each in said if not each.is_call), default=None)
         return sorted((each for each in said if not each.is_call or not oldest or each.at >= oldest), key=_when)

@@ -11,13 +11,12 @@ from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 
 from agents_app.llm import FinishedStep, ModelRequest, TextDelta, Usage
-from agents_app.models import Agent, Tool
 from events_app.models import ModelCall
 from messages_app import claims, engine, steps, transcript
 from messages_app.models import Message
 from messages_app.steps import Scene
 from messages_app.turn_stream import TurnStream
-from sessions_app.models import Account, Session, Turn
+from sessions_app.models import Session, Turn
 from tests.factories import (
     act,
     let_lease_run_out,
@@ -28,15 +27,8 @@ from tests.factories import (
     wanted,
 )
 
-pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture(autouse=True)
-def seeds() -> None:
-    """Gone after another test that commits."""
-    Account.objects.get_or_create(pk=1)
-    for position, name in enumerate(("orchestrator", "coder", "architect")):
-        Agent.objects.get_or_create(pk=name, defaults={"position": 90 + position, "prompt": f"You are the {name}."})
+# What is seeded is there for each: also for test_postgres.py, which comes after it and cannot begin with less.
+pytestmark = pytest.mark.django_db(transaction=True, serialized_rollback=True)
 
 
 def openings(owner: str = "runner") -> dict[str, Scene | None]:
@@ -73,8 +65,6 @@ def test_any_number_of_them_costs_as_many_queries_as_a_few() -> None:
 
 
 def test_a_conversation_with_tools_is_read_alone_and_left_to_the_look_among_others() -> None:
-    Tool.objects.get_or_create(name="read_file", defaults={"parameters": {"type": "object"}})
-    Agent.objects.filter(pk="coder").update(allowed_tools=["read_file"])
     session = make_session()
     stream = run(make_turn(session))
     act(stream, wanted("read_file"))

@@ -126,7 +126,7 @@ def opening_scenes(turns: Sequence[tuple[Turn, int]]) -> list[Scene | None]:
     """The same for turns that were claimed just now, each with its version of the team, if their first model step comes
     first and is quickly told: one query for all of them. None for the others, and for what cannot be told.
     """
-    # A few thousand messages at the most, whatever there is to be claimed.
+    # Within a bound, whatever there is to be claimed.
     room = OPENING_MESSAGES
     short = []
     for turn, _ in turns:
